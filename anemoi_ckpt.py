@@ -402,7 +402,11 @@ def _(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG0
 def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
     with _explained(uri):
         http = _package("smart_open.http", uri)
-        params = {"session": _http_session(uri), "timeout": TIMEOUT_SECONDS, **(transport_params or {})}
+        params = {
+            "session": _http_session(uri),
+            "timeout": TIMEOUT_SECONDS,
+            **(transport_params or {}),
+        }
         return http.open(uri.text, "rb", **params)  # type: ignore[no-any-return]
 
 
@@ -1216,7 +1220,10 @@ def _restored(uri: URI, source: _Source, directory: zipfile.ZipFile) -> bytes:
         )
     plain = io.BytesIO()
     try:
-        with zipfile.ZipFile(io.BytesIO(_read_whole(source))) as packed, zipfile.ZipFile(plain, "w") as out:
+        with (
+            zipfile.ZipFile(io.BytesIO(_read_whole(source))) as packed,
+            zipfile.ZipFile(plain, "w") as out,
+        ):
             for info in packed.infolist():
                 out.writestr(info.filename, packed.read(info))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as err:
@@ -1441,9 +1448,7 @@ class _Ledger(TorchDispatchMode):
         """Give the records that living storages have their values from."""
         return {key for ref, keys in self._entries.values() if not ref.expired() for key in keys}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and enter what it made."""
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
