@@ -18,20 +18,18 @@ import functools
 import gc
 import importlib
 import io
+import itertools
 import logging
 import os
-import pickle
 import random
 import re
-import struct
 import sys
 import threading
 import time
 import urllib.parse
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -39,18 +37,40 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 from attrs import field, frozen
-from torch._weights_only_unpickler import (
-    Unpickler,
-    _get_allowed_globals,
-    _get_user_allowed_globals,
-    get_globals_in_pkl,
+
+from _ckpt_archive import (
+    LOCAL_SIGNATURE,
+    Archive,
+    Ledger,
+    Record,
+    asks_for_values,
+    build,
+    check,
+    crc_matches,
+    data_start,
+    is_packed,
+    read_archive,
+    read_directory,
+    unpacked,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from zlib_ng import zlib_ng
+from _ckpt_errors import (
+    AccessDeniedError,
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptError,
+    InvalidURIError,
+    MissingPackageError,
+    NotACheckpointError,
+    UnreachableError,
+    UnsafeCheckpointError,
+    redact,
+)
 
 __all__ = [
+    "GCSURI",
+    "HTTPURI",
+    "S3URI",
     "URI",
     "AccessDeniedError",
     "AzureURI",
@@ -59,13 +79,10 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptError",
-    "GCSURI",
-    "HTTPURI",
     "InvalidURIError",
     "LocalURI",
     "MissingPackageError",
     "NotACheckpointError",
-    "S3URI",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
@@ -80,6 +97,8 @@ log = logging.getLogger("anemoi_ckpt")
 
 Params = Mapping[str, Any] | None  # smart-open's transport_params
 Strategy = Callable[[Any], Any]
+Notify = Callable[[int], object]  # told how many bytes have come, each time some have
+Progress = bool | Callable[[int, int | None], object] | None
 
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 PART_BYTES = 8 * 1024**2  # one request: long against a round trip, short against a retry
@@ -89,84 +108,6 @@ GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may 
 ATTEMPTS = 5  # without progress, before a place counts as unreachable
 TIMEOUT_SECONDS = 60.0  # of silence on a connection
 PROGRESS_DELAY_SECONDS = 1.0  # a shorter load shows no bar
-
-
-# ── errors ────────────────────────────────────────────────────────────────────────────────────
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be loaded: says where, what is wrong and what to do.
-
-    Pickles (to travel between ranks and workers), and shows no secret.
-
-    >>> raise CheckpointError("s3://b/k?sig=abc", "it is odd", "try again")
-    Traceback (most recent call last):
-    anemoi_ckpt.CheckpointError: s3://b/k?sig=***: it is odd; try again
-    """
-
-    def __init__(self, place: object, problem: str, remedy: str) -> None:
-        """Take the place as it was given, what is wrong with it, and what to do next."""
-        self.place, self.problem, self.remedy = _redact(str(place)), _redact(problem), remedy
-        super().__init__(f"{self.place}: {self.problem}; {self.remedy}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from the three parts, not from the one message."""
-        return type(self), (self.place, self.problem, self.remedy)
-
-
-class InvalidURIError(CheckpointError, ValueError):
-    """The text names no place that a checkpoint could be at."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such object (or bucket, folder, host's path)."""
-
-
-class AccessDeniedError(CheckpointError, PermissionError):
-    """The place refused: no credentials, wrong ones, or no permission."""
-
-
-class UnreachableError(CheckpointError, ConnectionError):
-    """The place did not answer, or not wholly, after all attempts."""
-
-    retry_after: float = 0.0  # seconds that the server asked for
-
-
-class ChangedError(CheckpointError, OSError):
-    """The object was replaced while it was read."""
-
-
-class CorruptError(CheckpointError, ValueError):
-    """Bytes are missing or wrong."""
-
-
-class NotACheckpointError(CheckpointError, ValueError):
-    """Whatever lies there, torch did not write it."""
-
-
-class UnsafeCheckpointError(CheckpointError, ValueError):
-    """The checkpoint names classes or functions that are not on torch's list of safe ones."""
-
-
-class MissingPackageError(CheckpointError, ImportError):
-    """The place needs a package that is not installed."""
-
-
-class _UnrangedError(Exception):
-    """The place cannot give a part of an object: take it whole."""
-
-
-_USERINFO = re.compile(r"(?i)\b((?:https?|ftps?|sftp|ssh|s3)://)[^/@\s]+@")
-_SECRET = re.compile(
-    r"(?i)(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId"
-    r"|GoogleAccessId|Signature|sig|[\w-]*token|[\w-]*password|AccountKey|SharedAccessSignature)=)"
-    r"[^&;\s'\"]+"
-)
-
-
-def _redact(text: str) -> str:
-    """Cut passwords in URLs, signatures, tokens and keys out of a text."""
-    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 # ── places ────────────────────────────────────────────────────────────────────────────────────
@@ -179,8 +120,9 @@ class URI:
     ``str(uri)`` is the text it was parsed from, secrets and all; ``repr(uri)`` hides them.
     """
 
-    text: str = field(repr=lambda text: repr(_redact(text)))
+    text: str = field(repr=lambda text: repr(redact(text)))
 
+    connections: ClassVar[int] = CONNECTIONS
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
 
@@ -195,6 +137,7 @@ class LocalURI(URI):
 
     path: str
 
+    connections: ClassVar[int] = min(4, os.cpu_count() or 1)  # threads that copy
     credentials: ClassVar[str] = "make the file readable for the user who runs this"
 
 
@@ -332,7 +275,7 @@ def _parse_s3(text: str) -> URI:
 
 def _parse_gcs(text: str) -> URI:
     path, generation = re.fullmatch(r"\w+://(.*?)(?:#(\d+))?", text, re.DOTALL).groups()  # type: ignore[union-attr] # every text matches
-    return GCSURI(text, *_bucket_and_key(text, path), generation and int(generation))
+    return GCSURI(text, *_bucket_and_key(text, path), int(generation) if generation else None)
 
 
 def _parse_azure(text: str) -> URI:
@@ -372,7 +315,7 @@ _PARSERS: dict[str, Callable[[str], URI]] = {
 
 
 @functools.singledispatch
-def open_stream(uri: URI, transport_params: Params = None) -> BinaryIO:
+def open_stream(uri: URI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - for handlers
     """Open a place for reading, from its first byte on: the one handler a new place must have.
 
     Args:
@@ -388,14 +331,14 @@ def open_stream(uri: URI, transport_params: Params = None) -> BinaryIO:
 
 
 @open_stream.register
-def _(uri: str | os.PathLike, transport_params: Params = None) -> BinaryIO:  # type: ignore[type-arg] # singledispatch takes no parameters
+def _(uri: str | os.PathLike, transport_params: Params = None) -> BinaryIO:  # type: ignore[misc, type-arg] # wider than URI, and singledispatch takes no parameters
     return open_stream(parse_uri(uri), transport_params)
 
 
 @open_stream.register
 def _(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - a file needs none
     with _explained(uri):
-        return open(uri.path, "rb", buffering=0)  # noqa: PTH123, SIM115 - the caller's to close
+        return open(uri.path, "rb", buffering=0)  # noqa: PTH123 - the caller's to close
 
 
 @open_stream.register
@@ -407,7 +350,9 @@ def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
             "timeout": TIMEOUT_SECONDS,
             **(transport_params or {}),
         }
-        return http.open(uri.text, "rb", **params)  # type: ignore[no-any-return]
+        stream = http.open(uri.text, "rb", **params)
+        stream.response.raw.decode_content = True  # some servers compress though nobody asked
+        return stream  # type: ignore[no-any-return]
 
 
 @open_stream.register
@@ -574,7 +519,7 @@ class Buffers:
     (bytearray(b'he'), bytearray(b'llo'))
     """
 
-    def __init__(self, *buffers: Any, notify: Callable[[int], None] | None = None) -> None:
+    def __init__(self, *buffers: Any, notify: Notify | None = None) -> None:
         """Take buffers of bytes; `notify` is told how many bytes came, each time some did."""
         self._rest = [memoryview(buffer).cast("B") for buffer in reversed(buffers) if len(buffer)]
         self._notify = notify
@@ -589,7 +534,7 @@ class Buffers:
                 return
             self._advance(count)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Take bytes that an SDK pushes; what is more than the buffers hold is left."""
         view = memoryview(data)
         while self._rest and view:
@@ -606,6 +551,10 @@ class Buffers:
         self.filled += count
         if self._notify:
             self._notify(count)
+
+
+class _UnrangedError(Exception):
+    """The place cannot give a part of an object: take it whole."""
 
 
 @functools.singledispatch
@@ -806,7 +755,7 @@ def _explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         yield
     except (CheckpointError, _UnrangedError):
         raise
-    except Exception as err:
+    except Exception as err:  # noqa: BLE001 - no SDK names all that it raises
         raise _explain(uri, err, pin) from _without_secrets(err)
 
 
@@ -829,11 +778,14 @@ def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
         busy = UnreachableError(uri, f"no success ({said})", "try again later")
         busy.retry_after = _retry_after(err)
         return busy
+    return _explain_unanswered(uri, err, said)
+
+
+def _explain_unanswered(uri: URI, err: Exception, said: str) -> CheckpointError:
     if isinstance(err, OSError) and isinstance(uri, LocalURI):
         return _explain_local(uri, err)
-    if not status and (
-        isinstance(err, OSError | EOFError) or type(err).__module__.partition(".")[0] in _NETWORK
-    ):
+    package = type(err).__module__.partition(".")[0]
+    if isinstance(err, OSError | EOFError) or package in _NETWORK:
         return UnreachableError(
             uri, f"no answer ({said})", "check the host, the endpoint and the network"
         )
@@ -889,8 +841,8 @@ def _without_secrets(err: BaseException) -> BaseException:
     """Give back the error, or a likeness of it if it or its causes show a secret."""
     link: BaseException | None = err
     while link is not None:
-        if _redact(str(link)) != str(link):
-            return RuntimeError(f"{type(err).__name__}: {_redact(str(err))}")
+        if redact(str(link)) != str(link):
+            return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
         link = link.__cause__ or link.__context__
     return err
 
@@ -911,9 +863,7 @@ class _Source:
         """Give the object's size in bytes (0 before anything was read)."""
         return self.version.size if self.version else 0
 
-    def read(
-        self, offset: int, arrays: Sequence[Any], notify: Callable[[int], None] | None = None
-    ) -> Version:
+    def read(self, offset: int, arrays: Sequence[Any], notify: Notify | None = None) -> Version:
         """Fill the arrays from an offset on; where a read breaks off, go on with what is missing.
 
         Raises:
@@ -922,13 +872,11 @@ class _Source:
         buffers = Buffers(*arrays, notify=notify)
         attempt, best = 0, 0
         while True:
-            if self.version is None:  # what came before may be another object's: begin anew
-                buffers = Buffers(*arrays, notify=notify)
-            start, problem = offset + buffers.filled, None
+            start = offset + buffers.filled
             try:
                 version = read_range(self.uri, start, buffers, self.version, self.transport_params)
             except UnreachableError as err:
-                problem = err
+                problem: UnreachableError = err
             else:
                 first = max(0, version.size + offset) if offset < 0 else offset
                 if buffers.filled >= min(buffers.size, version.size - first):
@@ -940,10 +888,9 @@ class _Source:
                 )
             attempt = 1 if buffers.filled > best else attempt + 1
             best = max(best, buffers.filled)
-            if attempt >= ATTEMPTS:
-                raise problem
-            log.info("attempt %d of %d failed: %s", attempt, ATTEMPTS, problem)
-            time.sleep(max(problem.retry_after, random.uniform(0.05, 0.1) * 2**attempt))  # noqa: S311 - jitter
+            _wait(attempt, problem)
+            if self.version is None:  # what came may be another object's than what is to come
+                buffers = Buffers(*arrays, notify=notify)
 
 
 @frozen
@@ -1013,14 +960,11 @@ def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
     """Ask for the first and the last block at once; they tell size and version, too."""
     unpinned = _Source(uri, None, transport_params)
     head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            last = pool.submit(unpinned.read, -BLOCK_BYTES, [tail])
-            version = unpinned.read(0, [head])
-            if version.size > BLOCK_BYTES:  # else the first block is all there is
-                _pinned(uri, last.result(), version)
-    except _UnrangedError:
-        return _hold(uri, _stream_whole(uri, transport_params))
+    with ThreadPoolExecutor(2) as pool:
+        last = pool.submit(unpinned.read, -BLOCK_BYTES, [tail])
+        version = unpinned.read(0, [head])
+        if version.size > BLOCK_BYTES:  # else the first block is all there is
+            _pinned(uri, last.result(), version)
     if not version.size:
         raise _empty(uri)
     source = _Source(uri, version, transport_params)
@@ -1039,30 +983,77 @@ def _hold(uri: URI, data: bytes | bytearray) -> tuple[_Source, _Blocks]:
     return source, _Blocks(source, {0: view})
 
 
-def _stream_whole(uri: URI, transport_params: Params) -> bytearray:
+def _stream_whole(uri: URI, transport_params: Params, notify: Notify) -> bytearray:
     """Take all of an object that comes in no parts."""
-    for attempt in range(1, ATTEMPTS + 1):
+    attempt = 0
+    while True:
+        data = bytearray()
         try:
             with _explained(uri), closing(open_stream(uri, transport_params)) as stream:
-                data = bytearray()
                 while chunk := stream.read(CHUNK_BYTES):
                     data += chunk
-                return data
+                    notify(len(chunk))
+            return data
         except UnreachableError as err:
-            if attempt == ATTEMPTS:
-                raise
-            log.info("attempt %d of %d failed: %s", attempt, ATTEMPTS, err)
-            time.sleep(max(err.retry_after, 0.1 * 2**attempt))
-    raise AssertionError  # pragma: no cover - the loop returns or raises
+            attempt += 1
+            _wait(attempt, err)
 
 
-def _read_whole(source: _Source) -> bytearray:
+def _wait(attempt: int, problem: UnreachableError) -> None:
+    """Wait before the next attempt: twice as long each time, or as long as the server asks for."""
+    if attempt >= ATTEMPTS:
+        raise problem
+    log.info("attempt %d of %d failed: %s", attempt, ATTEMPTS, problem)
+    jitter = random.uniform(0.05, 0.1)  # noqa: S311 - so that ranks do not return all at once
+    time.sleep(max(problem.retry_after, jitter * 2**attempt))
+
+
+def _read_whole(source: _Source, progress: Progress) -> bytearray:
+    """Take all of an object, in parallel parts."""
     data = bytearray(source.size)
-    _in_parallel(
-        functools.partial(source.read, offset, [view for view, _ in pieces])
-        for offset, pieces in _cut(0, [(memoryview(data), "")])
-    )
+    with _shown(source.uri, source.size, progress) as notify:
+        _in_parallel(
+            [
+                functools.partial(source.read, offset, [view for view, _ in pieces], notify)
+                for offset, pieces in _cut(0, [(memoryview(data), "")])
+            ],
+            source.uri.connections,
+        )
     return data
+
+
+@contextmanager
+def _shown(uri: URI, total: int | None, progress: Progress) -> Iterator[Notify]:
+    """Show how many of the bytes have come; the total is None where the place does not tell it."""
+    lock = threading.Lock()
+    if callable(progress):
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            with lock:
+                done = min(done + size, total or sys.maxsize)  # headers come, too
+                progress(done, total)
+
+        yield count
+    elif progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
+        from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
+
+        name = redact(uri.text).rpartition("/")[2]
+        delay = PROGRESS_DELAY_SECONDS if progress is None else 0
+        with tqdm(total=total, desc=name, delay=delay, unit="B", unit_scale=True) as bar:
+
+            def advance(size: int) -> None:
+                with lock:
+                    bar.update(min(size, (total or sys.maxsize) - bar.n))
+
+            yield advance
+    else:
+        yield _ignore
+
+
+def _ignore(_size: int) -> None:
+    """Show nothing."""
 
 
 _Pieces = list[tuple[memoryview, str]]  # memory to fill, and whose it is
@@ -1084,170 +1075,32 @@ def _cut(offset: int, pieces: _Pieces) -> Iterator[tuple[int, _Pieces]]:
         yield offset, part
 
 
-def _in_parallel(tasks: Iterable[Callable[[], Any]]) -> None:
-    """Run all; the first failure, or an interrupt, drops what has not begun and is raised."""
-    todo = list(tasks)
-    if len(todo) == 1:
-        todo[0]()
+def _in_parallel(tasks: Sequence[Callable[[], Any]], connections: int) -> None:
+    """Run all; the first failure or interrupt is raised at once, and drops what is not begun."""
+    if len(tasks) == 1:
+        tasks[0]()
         return
-    pool = ThreadPoolExecutor(min(CONNECTIONS, max(1, len(todo))), "anemoi-ckpt")
+    pool = ThreadPoolExecutor(min(connections, max(1, len(tasks))), "anemoi-ckpt")
     try:
-        futures = [pool.submit(task) for task in todo]
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        for future in as_completed([pool.submit(task) for task in tasks]):
             future.result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# ── archives ──────────────────────────────────────────────────────────────────────────────────
-#
-# A torch zip (PyTorch's "Serialization semantics" note; PKWARE's APPNOTE for the zip) stores the
-# pickle as `<root>/data.pkl` and each storage, uncompressed, as `<root>/data/<key>`.
-
-
-@frozen
-class _Record:
-    """Where one storage's bytes lie. All in bytes."""
-
-    name: str
-    header: int  # offset of the local header (APPNOTE 4.3.7)
-    start: int  # offset of the bytes: only the local header knows, this is what torch writes
-    size: int
-    crc: int | None  # CRC-32, None where the archive was written without
-
-
-@frozen
-class _Archive:
-    """A checkpoint that can be built with any of its storages left out."""
-
-    source: _Source
-    records: Mapping[str, _Record]  # by storage key
-    pickle: bytes
-    byteorder: str
-
-
-def _open_archive(uri: URI, source: _Source, blocks: _Blocks) -> _Archive:
-    try:
-        directory = zipfile.ZipFile(io.BufferedReader(blocks, BLOCK_BYTES))
-    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as err:
-        raise CorruptError(
-            uri,
-            f"the zip archive has no readable directory in its {source.size} bytes ({err})",
-            "was its upload or download complete?",
-        ) from err
-    infos = {info.filename: info for info in directory.infolist()}
-    found = [name for name in infos if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
-    if len(found) != 1:
-        raise NotACheckpointError(
-            uri, "a zip archive without one data.pkl in it", "give a file that torch.save wrote"
-        )
-    root = found[0].removesuffix("data.pkl")
-    storages = [info for name, info in infos.items() if name.startswith(f"{root}data/")]
-    small = [infos[name] for name in (found[0], f"{root}byteorder") if name in infos]
-    if any(info.compress_type != zipfile.ZIP_STORED for info in (*storages, *small)):
-        return _open_archive(uri, *_hold(uri, _restored(uri, source, directory)))
-    # torch.serialization.set_crc32_options(False) leaves every CRC at zero
-    checked = any(info.CRC for info in infos.values())
-    following = [*sorted(info.header_offset for info in infos.values())[1:], directory.start_dir]
-    ends = dict(zip(sorted(info.header_offset for info in infos.values()), following, strict=True))
-
-    def record(info: zipfile.ZipInfo) -> _Record:
-        end = ends[info.header_offset]
-        first = info.header_offset + _LOCAL_HEADER.size + len(info.filename.encode())
-        if first + info.file_size > min(end, source.size):
-            raise CorruptError(
-                uri,
-                f"record {info.filename} claims {info.file_size} bytes from byte {first} on, but "
-                f"the next begins at byte {end} of {source.size}",
-                "fetch or write the file anew",
-            )
-        wide = max(info.file_size, info.header_offset) >= 0xFFFFFFFF  # noqa: PLR2004 - zip64
-        descriptor = (24 if wide else 16) if info.flag_bits & 0x08 and info.file_size else 0
-        start = max(first, end - descriptor - info.file_size)
-        crc = info.CRC if checked else None
-        return _Record(info.filename, info.header_offset, start, info.file_size, crc)
-
-    texts = [_small_record(uri, blocks, record(info)) for info in small]
-    return _Archive(
-        source,
-        {info.filename.removeprefix(f"{root}data/"): record(info) for info in storages},
-        texts[0],
-        texts[1].decode("ascii", "replace") if len(texts) > 1 else "little",
-    )
-
-
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, length of name, length of extra field
-
-
-def _small_record(uri: URI, blocks: _Blocks, record: _Record) -> bytes:
-    blocks.seek(record.header)
-    header = blocks.read(_LOCAL_HEADER.size)
-    blocks.seek(_data_start(uri, record, header))
-    data = blocks.read(record.size)
-    _check(uri, record, data)
-    return data
-
-
-def _data_start(uri: URI, record: _Record, header: Any) -> int:
-    signature, name, extra = _LOCAL_HEADER.unpack_from(header)
-    if signature != b"PK\x03\x04":
-        raise CorruptError(
-            uri, f"record {record.name} has no header at byte {record.header}", "fetch it anew"
-        )
-    return record.header + _LOCAL_HEADER.size + int(name) + int(extra)
-
-
-def _crc_matches(record: _Record, data: Any) -> bool:
-    return record.crc is None or zlib_ng.crc32(data) == record.crc
-
-
-def _check(uri: URI, record: _Record, data: Any) -> None:
-    if not _crc_matches(record, data):
-        raise CorruptError(
-            uri,
-            f"the {record.size} bytes of record {record.name} from byte {record.start} on do not "
-            f"match their checksum (CRC-32 {zlib_ng.crc32(data):08x}, recorded {record.crc:08x})",
-            "the stored file is damaged: fetch or write it anew",
-        )
-
-
-def _restored(uri: URI, source: _Source, directory: zipfile.ZipFile) -> bytes:
-    """Write an archive that somebody compressed as torch would have stored it, in memory."""
-    claimed = sum(info.file_size for info in directory.infolist())
-    if claimed > 64 * max(source.size, 1024**2):  # more than weights deflate to: a zip bomb
-        raise CorruptError(
-            uri, f"{source.size} bytes claim to be {claimed} unpacked", "do not trust this file"
-        )
-    plain = io.BytesIO()
-    try:
-        with (
-            zipfile.ZipFile(io.BytesIO(_read_whole(source))) as packed,
-            zipfile.ZipFile(plain, "w") as out,
-        ):
-            for info in packed.infolist():
-                out.writestr(info.filename, packed.read(info))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as err:
-        raise CorruptError(uri, f"the archive cannot be unpacked ({err})", "fetch it anew") from err
-    return plain.getvalue()
+        # what is under way ends by itself; its memory lives as long as the views that it fills
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ── fetch ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _fetch(
-    archive: _Archive, keys: Iterable[str], notify: Callable[[int], None] | None
+    source: _Source, records: Mapping[str, Record], progress: Progress
 ) -> dict[str, torch.UntypedStorage]:
     """Bring records into fresh storages: coalesced ranges, in parallel, each record checked."""
-    source = archive.source
-    storages = {key: _fresh_storage(archive.records[key].size) for key in keys}
+    storages = {key: _fresh_storage(record.size) for key, record in records.items()}
     views = {key: _memory(storage) for key, storage in storages.items() if storage.nbytes()}
-    headers = {
-        key: bytearray(archive.records[key].start - archive.records[key].header) for key in views
-    }
+    headers = {key: bytearray(records[key].start - records[key].header) for key in views}
     parts = [
-        part
-        for offset, pieces in _spans(archive.records, views, headers)
-        for part in _cut(offset, pieces)
+        part for offset, pieces in _spans(records, views, headers) for part in _cut(offset, pieces)
     ]
     missing = Counter(owner for _, pieces in parts for _, owner in pieces)
     lock = threading.Lock()
@@ -1259,14 +1112,16 @@ def _fetch(
                 missing[owner] -= 1
                 whole = owner and not missing[owner]
             if whole:  # checked here, while other parts are still on their way
-                _verify(source, archive.records[owner], headers[owner], views[owner])
+                _verify(source, records[owner], headers[owner], views[owner])
 
-    _in_parallel(functools.partial(bring, *part) for part in parts)
+    with _shown(source.uri, sum(record.size for record in records.values()), progress) as notify:
+        tasks = [functools.partial(bring, *part) for part in parts]
+        _in_parallel(tasks, source.uri.connections)
     return storages
 
 
 def _spans(
-    records: Mapping[str, _Record], views: Mapping[str, Any], headers: Mapping[str, Any]
+    records: Mapping[str, Record], views: Mapping[str, Any], headers: Mapping[str, Any]
 ) -> Iterator[tuple[int, _Pieces]]:
     """Lay records that stand side by side in a row: header, bytes, gap, header, bytes, …."""
     keys = sorted(views, key=lambda key: records[key].header)
@@ -1285,19 +1140,19 @@ def _spans(
     yield span
 
 
-def _verify(source: _Source, record: _Record, header: Any, view: memoryview) -> None:
+def _verify(source: _Source, record: Record, header: Any, view: memoryview) -> None:
     """Check what came for a record; where it is wrong, bring it once more."""
-    start = _data_start(source.uri, record, header) if header else record.start
-    if start != record.start or not _crc_matches(record, view):
+    start = data_start(source.uri, record, header)
+    if start != record.start or not crc_matches(record, view):
         source.read(start, [view])  # not laid out as by torch, or damaged on the way
-        _check(source.uri, record, view)
+        check(source.uri, record, view)
 
 
-def _bridged_gaps(records: Sequence[_Record]) -> set[int]:
+def _bridged_gaps(records: Sequence[Record]) -> set[int]:
     """Choose the gaps to read over, smallest first: a request costs more than a few bytes."""
     gaps = sorted(
         (after.header - before.start - before.size, after.header)
-        for before, after in zip(records, records[1:], strict=False)
+        for before, after in itertools.pairwise(records)
     )
     bridged, left = set(), GAP_BYTES
     for gap, header in gaps:
@@ -1313,7 +1168,7 @@ _MADV_HUGEPAGE = 14  # Linux, <asm-generic/mman-common.h>
 
 
 def _fresh_storage(size: int) -> torch.UntypedStorage:
-    """Allocate a storage, in huge pages where it is large: fresh small pages cost more than reads."""
+    """Allocate a storage, in huge pages if large: small ones cost more to touch than to fill."""
     storage = torch.UntypedStorage(size)
     if size >= 2 * _HUGE_PAGE_BYTES and sys.platform == "linux":
         first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
@@ -1323,8 +1178,9 @@ def _fresh_storage(size: int) -> torch.UntypedStorage:
 
 
 def _memory(storage: torch.UntypedStorage) -> memoryview:
-    """Give a writable view of a storage's own memory, for as long as the storage lives."""
+    """Give a writable view of a storage's own memory, which keeps the storage alive."""
     buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    buffer.storage = storage  # type: ignore[attr-defined] # ctypes arrays take any
     return memoryview(buffer).cast("B")
 
 
@@ -1335,7 +1191,7 @@ def load(
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
     transport_params: Params = None,
-    progress: bool | Callable[[int, int], object] | None = None,
+    progress: Progress = None,
 ) -> Any:
     """Load a checkpoint, moving only the bytes that survive the strategies.
 
@@ -1350,7 +1206,8 @@ def load(
         transport_params: smart-open's: ``{"client": …}`` for S3, GCS and Azure,
             ``{"session": …, "headers": …}`` for HTTP.
         progress: None shows a bar in a terminal or notebook where loading takes over a second;
-            True and False force and forbid it; a function is called with bytes done and in all.
+            True and False force and forbid it; a function is called with the bytes done and in all
+            (None if the place does not tell).
 
     Raises:
         CheckpointError: says where, what is wrong and what to do.
@@ -1365,200 +1222,75 @@ def load(
     for strategy in strategies:
         if not callable(strategy):
             raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
-    source, blocks = _open_source(place, transport_params)
-    suffix = _compression(place)
-    if suffix:
-        source, blocks = _hold(place, _decompressed(place, source, suffix))
-    blocks.seek(0)
-    start = blocks.read(BLOCK_BYTES)
-    if start.startswith(b"PK\x03\x04"):
-        return _survivors(_open_archive(place, source, blocks), strategies, progress)
-    checkpoint = _load_legacy(place, source, start)
-    for strategy in strategies:
-        checkpoint = strategy(checkpoint)
-    return checkpoint
+    try:
+        opened = _open_source(place, transport_params)
+        return _load(place, *opened, strategies, progress)
+    except _UnrangedError:
+        with _shown(place, None, progress) as notify:
+            opened = _hold(place, _stream_whole(place, transport_params, notify))
+        return _load(place, *opened, strategies, False)
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
 
 
-def _survivors(archive: _Archive, strategies: Sequence[Strategy], progress: Any) -> Any:
+def _load(
+    place: URI, source: _Source, blocks: _Blocks, strategies: Sequence[Strategy], progress: Progress
+) -> Any:
+    """Load what a source holds, whichever of torch's formats it is in."""
+    suffix = _compression(place)
+    if suffix:
+        source, blocks = _hold(place, _decompressed(place, _read_whole(source, progress), suffix))
+    start = blocks.read(BLOCK_BYTES)
+    if not start.startswith(LOCAL_SIGNATURE):
+        return _applied(place, strategies, _load_legacy(place, source, start, progress))
+    directory = read_directory(place, io.BufferedReader(blocks, BLOCK_BYTES))
+    if is_packed(directory):
+        source, blocks = _hold(place, unpacked(place, _read_whole(source, progress)))
+        directory = read_directory(place, io.BufferedReader(blocks))
+    archive = read_archive(place, io.BufferedReader(blocks), directory)
+    return _survivors(source, archive, strategies, progress)
+
+
+def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
+    """Put a checkpoint through the strategies; an error of theirs says what was being loaded."""
+    try:
+        for strategy in strategies:
+            checkpoint = strategy(checkpoint)
+    except Exception as err:
+        err.add_note(f"while loading {redact(str(place))}")
+        raise
+    return checkpoint
+
+
+def _survivors(
+    source: _Source, archive: Archive, strategies: Sequence[Strategy], progress: Progress
+) -> Any:
     """Run the strategies, fetch what their result still needs, and again until it needs nothing.
 
     On the first round nothing is there and the checkpoint is hollow; on the second, as a rule
     the last, all that the result needs is.
     """
     storages: dict[str, torch.UntypedStorage] = {}
+    fresh: dict[str, torch.UntypedStorage] = {}
     while True:
-        ledger = _Ledger()
+        absent = archive.records.keys() - storages.keys()
+        ledger = Ledger()
         try:
-            result = _build(archive, storages, ledger)
-            with ledger if len(storages) < len(archive.records) else nullcontext():
-                for strategy in strategies:
-                    result = strategy(result)
+            result = build(archive, storages, fresh, ledger)
+            with ledger if absent else nullcontext():
+                result = _applied(source.uri, strategies, result)
             gc.collect(1)  # what was dropped may hang in a cycle
-            needed = ledger.origins() - storages.keys()
+            needed = ledger.origins() & absent
         except Exception as err:
-            needed = archive.records.keys() - storages.keys()
-            if not (needed and _asks_for_values(err)):
-                if not isinstance(err, CheckpointError):
-                    err.add_note(f"while loading {_redact(str(archive.source.uri))}")
+            if not (absent and asks_for_values(err)):
                 raise
+            needed = absent
         if not needed:
             return result
-        result = None
-        with _shown(archive, needed, progress) as notify:
-            fetched = _fetch(archive, needed, notify)
-        if archive.byteorder != sys.byteorder:
-            for key, storage in fetched.items():
-                storage.byteswap(ledger.dtypes[key])
-        storages |= fetched
-
-
-class _HollowError(Exception):
-    """A checkpoint holds something that cannot be built without its values."""
-
-
-def _asks_for_values(err: Exception) -> bool:
-    """Tell whether an error came of a tensor's being on the meta device."""
-    if isinstance(err, _HollowError):
-        return True
-    return isinstance(err, RuntimeError | TypeError | ValueError) and "meta" in str(err).lower()
-
-
-class _Ledger(TorchDispatchMode):
-    """Knows of every living storage which records its values come from.
-
-    Also lets a strategy mix hollow tensors with real ones: what it computes is then hollow.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._entries: dict[int, tuple[StorageWeakRef, set[str]]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}  # by storage key
-
-    def enter(self, storage: Any, keys: Iterable[str]) -> None:
-        """Note that the values of a storage come from these records, too."""
-        # a weak reference keeps the address from being given to another storage
-        entry = self._entries.get(storage._cdata) or (StorageWeakRef(storage), set())  # noqa: SLF001 - as torch.multiprocessing does
-        self._entries[storage._cdata] = entry  # noqa: SLF001
-        entry[1].update(keys)
-
-    def origins(self) -> set[str]:
-        """Give the records that living storages have their values from."""
-        return {key for ref, keys in self._entries.values() if not ref.expired() for key in keys}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and enter what it made."""
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        keys = {
-            key
-            for tensor in given
-            for storage in _storages(tensor)
-            if storage._cdata in self._entries  # noqa: SLF001
-            for key in self._entries[storage._cdata][1]  # noqa: SLF001
-        }
-        if not keys:
-            return func(*args, **kwargs)
-        schema = func._schema  # noqa: SLF001 - what tells that an operation writes
-        written = [
-            args[place] if place < len(args) else kwargs.get(argument.name)
-            for place, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        if any(tensor.is_meta for tensor in given):
-            args, kwargs = tree_map(_hollow, (args, kwargs))
-            result = func(*args, **kwargs)
-            if written and isinstance(written[0], torch.Tensor) and not written[0].is_meta:
-                result = written[0]  # a real tensor stays real; its values come later
-        else:
-            result = func(*args, **kwargs)
-        for tensor in tree_leaves((result, written)):
-            if isinstance(tensor, torch.Tensor):
-                for storage in _storages(tensor):
-                    self.enter(storage, keys)
-        return result
-
-
-def _hollow(leaf: Any) -> Any:
-    """Put a tensor, or a device that an operation is to move to, on the meta device."""
-    if isinstance(leaf, torch.device):
-        return torch.device("meta")
-    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _storages(tensor: torch.Tensor) -> list[Any]:
-    """Give all storages of a tensor: a sparse one has several."""
-    if tensor.layout is torch.strided:
-        return [tensor.untyped_storage()]
-    if tensor.layout is torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]  # noqa: SLF001 - the public ones want it coalesced
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    else:
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [part.untyped_storage() for part in parts]
-
-
-def _build(archive: _Archive, storages: Mapping[str, Any], ledger: _Ledger) -> Any:
-    """Unpickle a checkpoint with torch's restricted unpickler, on the storages that are there.
-
-    All others are on the meta device, and entered in the ledger under their record's name.
-    """
-    uri = archive.source.uri
-    loaded: dict[str, Any] = {}
-
-    def storage_of(saved: tuple[Any, ...]) -> Any:
-        """Answer a persistent id: ("storage", type, key, location, count of elements)."""
-        _, kind, key, _, count = saved
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        size = count * torch._utils._element_size(dtype)  # noqa: SLF001 - as torch.load does
-        record = archive.records.get(key)
-        if record is None or record.size != size:
-            held = f"holds {record.size} bytes" if record else "is missing"
-            raise CorruptError(
-                uri, f"record data/{key} {held}, its tensor has {size}", "fetch the file anew"
-            )
-        if key not in loaded:
-            storage = storages.get(key)
-            if storage is None:
-                storage = torch.UntypedStorage(size, device="meta")
-            loaded[key] = torch.storage.TypedStorage(
-                wrap_storage=storage, dtype=dtype, _internal=True
-            )
-            ledger.enter(storage, [key])
-            ledger.dtypes[key] = dtype
-        return loaded[key]
-
-    unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
-    unpickler.persistent_load = storage_of  # type: ignore[method-assign]
-    try:
-        return unpickler.load()
-    except CheckpointError:
-        raise
-    except Exception as err:
-        unsafe = _unsafe_globals(archive.pickle)
-        if unsafe:
-            raise UnsafeCheckpointError(
-                uri,
-                f"it names what torch does not know to be safe: {', '.join(unsafe)}",
-                "allow what you trust with torch.serialization.add_safe_globals([…])",
-            ) from err
-        if isinstance(err, RuntimeError) and len(storages) < len(archive.records):
-            raise _HollowError from err
-        raise CorruptError(uri, f"its pickle cannot be read ({err!r})", "fetch it anew") from err
-    finally:
-        torch._utils._validate_loaded_sparse_tensors()  # noqa: SLF001 - as torch.load does
-
-
-def _unsafe_globals(data: bytes) -> list[str]:
-    """List what a pickle names that torch's restricted unpickler refuses."""
-    try:
-        named = get_globals_in_pkl(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - any garbage may be in there
-        return []
-    return sorted(named - _get_allowed_globals().keys() - _get_user_allowed_globals().keys())
+        result = None  # some of its tensors are hollow
+        fresh = _fetch(source, {key: archive.records[key] for key in needed}, progress)
+        storages |= fresh
 
 
 def _compression(uri: URI) -> str:
@@ -1568,75 +1300,46 @@ def _compression(uri: URI) -> str:
     return suffix if suffix in {".gz", ".bz2", ".xz", ".zst", ".lz4"} else ""
 
 
-def _decompressed(uri: URI, source: _Source, suffix: str) -> bytes:
+def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
     compression = _package("smart_open.compression", uri)
-    packed = io.BytesIO(_read_whole(source))
     try:
-        with compression.compression_wrapper(packed, "rb", compression=suffix) as stream:
+        with compression.compression_wrapper(io.BytesIO(data), "rb", compression=suffix) as stream:
             return bytes(stream.read())
     except ImportError as err:
-        raise MissingPackageError(uri, f"{suffix} needs a package ({err})", "install it") from err
+        raise MissingPackageError(
+            uri, f"{suffix} needs a package that is not installed ({err})", "install it"
+        ) from err
     except Exception as err:
         raise CorruptError(
-            uri, f"it cannot be decompressed as {suffix} ({err})", "was its upload complete?"
+            uri, f"it cannot be decompressed as {suffix} ({err!r})", "was its upload complete?"
         ) from err
 
 
-def _load_legacy(uri: URI, source: _Source, start: bytes) -> Any:
+def _load_legacy(uri: URI, source: _Source, start: bytes, progress: Progress) -> Any:
     """Load a file of torch before 1.6, which has no directory, whole."""
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        looks, remedy = "an HTML or XML page", "is the URL that of the file, and not of its page?"
-    elif text.startswith(b"version https://git-lfs"):
-        looks, remedy = "a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
-    elif not start.startswith(b"\x80"):
-        looks, remedy = f"none: it begins with {start[:16]!r}", "give a file that torch.save wrote"
-    else:
-        try:
-            return torch.load(io.BytesIO(_read_whole(source)), "cpu", weights_only=True)
-        except pickle.UnpicklingError as err:
+    if not start.startswith(b"\x80"):  # a pickle's first byte
+        raise NotACheckpointError(uri, *_looks_like(start))
+    data = io.BytesIO(_read_whole(source, progress))
+    try:
+        return torch.load(data, "cpu", weights_only=True)
+    except Exception as err:
+        refused = re.search(r"GLOBAL (\S+)", str(err))
+        if refused:
             raise UnsafeCheckpointError(
                 uri,
-                f"torch's restricted unpickler refuses it ({str(err).splitlines()[0]})",
+                f"torch does not know {refused[1]}, which it names, to be safe",
                 "allow what you trust with torch.serialization.add_safe_globals([…])",
             ) from err
-        except CheckpointError:
-            raise
-        except Exception as err:
-            raise CorruptError(
-                uri, f"torch cannot read it as a legacy file ({err!r})", "fetch it anew"
-            ) from err
-    raise NotACheckpointError(uri, f"not a checkpoint, but {looks}", remedy)
+        raise CorruptError(
+            uri, f"torch cannot read it as a legacy file ({err!r})", "fetch it anew"
+        ) from err
 
 
-@contextmanager
-def _shown(
-    archive: _Archive, keys: Iterable[str], progress: bool | Callable[[int, int], object] | None
-) -> Iterator[Callable[[int], None] | None]:
-    """Show how many of the bytes have come."""
-    total = sum(archive.records[key].size for key in keys)
-    lock = threading.Lock()
-    if callable(progress):
-        done = 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            with lock:
-                done = min(total, done + size)  # headers come, too
-                progress(done, total)
-
-        yield count
-    elif progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
-        from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
-
-        name = _redact(archive.source.uri.text).rpartition("/")[2]
-        delay = PROGRESS_DELAY_SECONDS if progress is None else 0
-        with tqdm(total=total, desc=name, delay=delay, unit="B", unit_scale=True) as bar:
-
-            def advance(size: int) -> None:
-                with lock:
-                    bar.update(min(size, total - bar.n))
-
-            yield advance
-    else:
-        yield None
+def _looks_like(start: bytes) -> tuple[str, str]:
+    """Tell problem and remedy from the first bytes of what is no checkpoint."""
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is an HTML or XML page", "is the URL that of the file, and not of its page?"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
+    return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"

@@ -1,0 +1,81 @@
+"""What can go wrong with a checkpoint. All public names are `anemoi_ckpt`'s, and shown as such."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be loaded: says where, what is wrong and what to do.
+
+    Pickles (to travel between ranks and workers), and shows no secret.
+
+    >>> raise CheckpointError("s3://b/k?sig=abc", "it is odd", "try again")
+    Traceback (most recent call last):
+    anemoi_ckpt.CheckpointError: s3://b/k?sig=***: it is odd; try again
+    """
+
+    def __init__(self, place: object, problem: str, remedy: str) -> None:
+        """Take the place as it was given, what is wrong with it, and what to do next."""
+        self.place, self.problem, self.remedy = redact(str(place)), redact(problem), remedy
+        super().__init__(f"{self.place}: {self.problem}; {self.remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from the three parts, not from the one message; notes travel, too."""
+        return type(self), (self.place, self.problem, self.remedy), self.__dict__
+
+
+class InvalidURIError(CheckpointError, ValueError):
+    """The text names no place that a checkpoint could be at."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such object (or bucket, folder, host's path)."""
+
+
+class AccessDeniedError(CheckpointError, PermissionError):
+    """The place refused: no credentials, wrong ones, or no permission."""
+
+
+class UnreachableError(CheckpointError, ConnectionError):
+    """The place did not answer, or not wholly, after all attempts."""
+
+    retry_after: float = 0.0  # seconds that the server asked for
+
+
+class ChangedError(CheckpointError, OSError):
+    """The object was replaced while it was read."""
+
+
+class CorruptError(CheckpointError, ValueError):
+    """Bytes are missing or wrong."""
+
+
+class NotACheckpointError(CheckpointError, ValueError):
+    """Whatever lies there, torch did not write it."""
+
+
+class UnsafeCheckpointError(CheckpointError, ValueError):
+    """The checkpoint names classes or functions that are not on torch's list of safe ones."""
+
+
+class MissingPackageError(CheckpointError, ImportError):
+    """The place needs a package that is not installed."""
+
+
+_USERINFO = re.compile(r"(?i)\b((?:https?|ftps?|sftp|ssh|s3)://)[^/@\s]+@")
+_SECRET = re.compile(
+    r"(?i)(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId"
+    r"|GoogleAccessId|Signature|sig|[\w-]*token|[\w-]*password|AccountKey|SharedAccessSignature)=)"
+    r"[^&;\s'\"]+"
+)
+
+
+def redact(text: str) -> str:
+    """Cut passwords in URLs, signatures, tokens and keys out of a text."""
+    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
+
+
+for _error in (CheckpointError, *CheckpointError.__subclasses__()):
+    _error.__module__ = "anemoi_ckpt"  # where users import it from

@@ -1,0 +1,759 @@
+"""Places: what a text names, how it is opened and read in parts, and what is said when it fails."""
+
+import contextlib
+import io
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import anemoi_ckpt
+import servers
+from anemoi_ckpt import (
+    AccessDeniedError,
+    AzureURI,
+    Buffers,
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptError,
+    GCSURI,
+    HTTPURI,
+    InvalidURIError,
+    LocalURI,
+    MissingPackageError,
+    NotACheckpointError,
+    S3URI,
+    URI,
+    UnreachableError,
+    Version,
+    load,
+    open_stream,
+    parse_uri,
+    read_range,
+    register_scheme,
+)
+from checkpoints import as_bytes, assert_same
+
+# ── what a text names ─────────────────────────────────────────────────────────────────────────
+
+PLACES = {
+    "last.ckpt": LocalURI("last.ckpt", "last.ckpt"),
+    "a b/../ü?#%20.ckpt": LocalURI("a b/../ü?#%20.ckpt", "a b/../ü?#%20.ckpt"),
+    "C:\\run\\last.ckpt": LocalURI("C:\\run\\last.ckpt", "C:\\run\\last.ckpt"),
+    "file:///run/a%20b.ckpt": LocalURI("file:///run/a%20b.ckpt", "/run/a b.ckpt"),
+    "file://localhost/a?b#c": LocalURI("file://localhost/a?b#c", "/a?b#c"),
+    "http://host/a.ckpt?sig=x%2F": HTTPURI("http://host/a.ckpt?sig=x%2F"),
+    "HTTPS://me:pw@host:8443/a": HTTPURI("HTTPS://me:pw@host:8443/a"),
+    "s3://bucket/run/a b?c#d%20é.ckpt": S3URI(
+        "s3://bucket/run/a b?c#d%20é.ckpt", "bucket", "run/a b?c#d%20é.ckpt"
+    ),
+    "s3://bucket/a?versionId=v.1": S3URI("s3://bucket/a?versionId=v.1", "bucket", "a", "v.1"),
+    "gs://bucket/dir/a.ckpt": GCSURI("gs://bucket/dir/a.ckpt", "bucket", "dir/a.ckpt"),
+    "gs://bucket/a#b.ckpt#17": GCSURI("gs://bucket/a#b.ckpt#17", "bucket", "a#b.ckpt", 17),
+    "gcs://bucket/a": GCSURI("gcs://bucket/a", "bucket", "a"),
+    "az://container/dir/a b": AzureURI("az://container/dir/a b", "container", "dir/a b"),
+    "azure://c/a": AzureURI("azure://c/a", "c", "a"),
+    "abfss://c@acc.dfs.core.windows.net/d/a": AzureURI(
+        "abfss://c@acc.dfs.core.windows.net/d/a", "c", "d/a", "https://acc.blob.core.windows.net"
+    ),
+    "https://acc.blob.core.windows.net/c/d%20e?sv=1&sig=s": AzureURI(
+        "https://acc.blob.core.windows.net/c/d%20e?sv=1&sig=s",
+        "c",
+        "d e",
+        "https://acc.blob.core.windows.net",
+        "sv=1&sig=s",
+    ),
+}
+
+
+@pytest.mark.parametrize("text", PLACES)
+def test_a_text_names_a_place_and_the_place_keeps_the_text(text: str) -> None:
+    uri = parse_uri(text)
+    assert uri == PLACES[text]
+    assert str(uri) == text
+    assert parse_uri(uri) is uri
+    assert hash(uri) == hash(PLACES[text])
+
+
+def test_paths_and_the_home_directory() -> None:
+    home = os.environ["HOME"]
+    assert parse_uri("~/a.ckpt") == LocalURI("~/a.ckpt", f"{home}/a.ckpt")
+    assert parse_uri(Path("run") / "a.ckpt") == LocalURI("run/a.ckpt", "run/a.ckpt")
+    assert parse_uri(Path("s3://b/k")) == LocalURI("s3:/b/k", "s3:/b/k")  # a path is a path
+
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda key: not key.endswith("/") and "?versionId=" not in key
+)
+
+
+@given(scheme=st.sampled_from(["s3", "gs", "az"]), key=keys)
+def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
+    text = f"{scheme}://bucket/{key}"
+    uri = parse_uri(text)
+    found = uri.key if isinstance(uri, S3URI) else getattr(uri, "name", getattr(uri, "blob", None))
+    generation = getattr(uri, "generation", None)
+    assert str(uri) == text
+    assert found + ("" if generation is None else key.removeprefix(found)) == key
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the path is empty"),
+        ("ftp://host/a", "unknown (known: file://, http://, https://, s3://"),
+        ("ftp://host/a", "add it with register_scheme('ftp', parser)"),
+        ("s3://", "names no bucket"),
+        ("s3:///a", "names no bucket"),
+        ("s3://bucket", "names no object"),
+        ("gs://bucket/", "names no object"),
+        ("az://container/run/", "names a folder; add the name of the checkpoint"),
+        ("https:///a", "the URL has no host"),
+        ("file://other/a", "names no file on this machine"),
+    ],
+)
+def test_a_text_that_names_no_place(text: str, said: str) -> None:
+    with pytest.raises(InvalidURIError) as caught:
+        parse_uri(text)
+    assert said in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert text in str(caught.value)
+
+
+def test_a_scheme_of_ones_own_needs_a_parser_and_a_handler(tmp_path: Path) -> None:
+    class MemoryURI(URI):
+        """`memory://name`."""
+
+    data = as_bytes({"a": 1})
+    register_scheme("memory", MemoryURI)
+    try:
+        with pytest.raises(InvalidURIError, match="no handler opens a MemoryURI; write one with @"):
+            load("memory://a")
+        open_stream.register(MemoryURI, lambda uri, transport_params=None: io.BytesIO(data))
+        assert load("memory://a") == {"a": 1}
+        assert load("MEMORY://a") == {"a": 1}
+    finally:
+        del anemoi_ckpt._PARSERS["memory"]
+    with pytest.raises(ValueError, match="'c' is no scheme"):
+        register_scheme("c", MemoryURI)  # that is a drive of Windows
+
+
+# ── secrets ───────────────────────────────────────────────────────────────────────────────────
+
+SECRETS = [
+    "https://me:hunter2@host/a",
+    "https://host/a?X-Amz-Signature=hunter2&X-Amz-Date=1",
+    "https://acc.blob.core.windows.net/c/b?sv=1&sig=hunter2",
+    "https://host/a?access_token=hunter2",
+]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_no_secret_shows(text: str) -> None:
+    uri = parse_uri(text)
+    assert "hunter2" not in repr(uri)
+    assert "hunter2" in str(uri)
+    assert "hunter2" not in str(CheckpointError(uri, f"GET {text}", "try again"))
+
+
+def test_no_secret_shows_in_a_log_or_a_cause(
+    http_server: servers.HTTPServer, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    http_server.stop()
+    with caplog.at_level(logging.DEBUG), pytest.raises(UnreachableError) as caught:
+        load(f"{http_server.url}/a.ckpt?sig=hunter2")
+    links = [caught.value, caught.value.__cause__]
+    assert links[1] is not None
+    assert not any("hunter2" in f"{link} {link!r}" for link in links)
+    assert "attempt 1 of 5 failed" in caplog.text
+    # urllib3 logs the URL itself, at the level DEBUG, where nobody but a developer looks
+    assert not any("hunter2" in r.getMessage() for r in caplog.records if "anemoi" in r.name)
+
+
+# ── streams and ranges ────────────────────────────────────────────────────────────────────────
+
+DATA = bytes(range(256)) * 300
+
+
+def test_a_stream_gives_all(place) -> None:
+    # gcp-storage-emulator writes no right link to an object with ? or # in its name
+    name = "a b%é.bin" if place.kind == "gcs" else "a b?#%é.bin"
+    with contextlib.closing(open_stream(place.put(name, DATA))) as stream:
+        assert stream.read() == DATA
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, 10), (1000, 70_000), (-10, 10), (len(DATA) - 3, 10), (-99_999, 99_999)]
+)
+def test_a_range_fills_buffers_with_what_is_there(place, offset: int, length: int) -> None:
+    uri = parse_uri(place.put("a.bin", DATA))
+    first, second = bytearray(length // 2), bytearray(length - length // 2)
+    buffers = Buffers(first, second)
+    version = read_range(uri, offset, buffers)
+    start = max(0, len(DATA) + offset) if offset < 0 else offset
+    expected = DATA[start : start + length]
+    assert version.size == len(DATA)
+    assert version.tag
+    assert buffers.filled == len(expected)
+    assert (first + second)[: len(expected)] == expected
+
+
+def test_a_place_of_ones_own_has_ranges_by_seeking(monkeypatch) -> None:
+    class SeekableURI(URI):
+        """Has a stream, and no handler of ranges."""
+
+    open_stream.register(SeekableURI, lambda uri, transport_params=None: io.BytesIO(DATA))
+    for offset, length in [(0, 10), (-10, 10), (5, 7), (-(10**6), 10), (10**6, 10)]:
+        buffer = bytearray(length)
+        buffers = Buffers(buffer)
+        assert read_range(SeekableURI("x"), offset, buffers) == Version(len(DATA))
+        start = max(0, len(DATA) + offset) if offset < 0 else offset
+        assert buffer[: buffers.filled] == DATA[start : start + length]
+    with pytest.raises(ChangedError):
+        read_range(SeekableURI("x"), 0, Buffers(bytearray(1)), Version(7))
+
+
+def test_a_stream_that_cannot_seek_is_taken_whole(tmp_path: Path) -> None:
+    class PipeURI(URI):
+        """A stream from its first to its last byte."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    checkpoint = {"state_dict": {"a": 1}}
+    data = as_bytes(checkpoint)
+    counts: list[tuple[int, int | None]] = []
+    open_stream.register(PipeURI, lambda uri, transport_params=None: Pipe(data))
+    assert load(PipeURI("x"), progress=lambda *c: counts.append(c)) == checkpoint
+    assert counts == [(len(data), None)]
+
+
+def test_buffers_take_what_an_sdk_pushes_and_leave_the_rest() -> None:
+    first, second, seen = bytearray(2), bytearray(3), []
+    buffers = Buffers(first, bytearray(), second, notify=seen.append)
+    assert buffers.write(b"abc") == 3
+    assert buffers.write(b"defgh") == 5
+    assert (first, second, buffers.filled, buffers.size) == (b"ab", b"cde", 5, 5)
+    assert seen == [2, 1, 2]
+
+
+def test_an_object_replaced_between_two_reads_is_an_error(place) -> None:
+    uri = place.put("a.bin", DATA)
+    version = read_range(parse_uri(uri), 0, Buffers(bytearray(10)))
+    if place.kind == "local":
+        os.utime(uri, ns=(1, 1))
+    else:
+        place.replace(uri, DATA[::-1])
+    for offset in (0, -10):
+        with pytest.raises(ChangedError, match="replaced"):
+            read_range(parse_uri(uri), offset, Buffers(bytearray(10)), version)
+
+
+def test_an_object_removed_between_two_reads_is_an_error(place) -> None:
+    uri = place.put("a.bin", DATA)
+    version = read_range(parse_uri(uri), 0, Buffers(bytearray(10)))
+    with pytest.raises((ChangedError, CheckpointNotFoundError)):
+        read_range(parse_uri(place.missing()), 0, Buffers(bytearray(10)), version)
+
+
+# ── faults, by all places ─────────────────────────────────────────────────────────────────────
+
+CHECKPOINT = {"state_dict": {f"layer.{i}": as_bytes([i]) for i in range(3)}, "epoch": 3}
+FAULTS = {
+    "missing": (CheckpointNotFoundError, FileNotFoundError, "missing.ckpt"),
+    "denied": (AccessDeniedError, PermissionError, ""),
+    "unreachable": (UnreachableError, ConnectionError, "no answer"),
+    "empty": (NotACheckpointError, ValueError, "the file is empty"),
+    "page": (NotACheckpointError, ValueError, "an HTML or XML page"),
+    "text": (NotACheckpointError, ValueError, "begins with b'hello world', as no checkpoint does"),
+    "pointer": (NotACheckpointError, ValueError, "a Git LFS pointer; run `git lfs pull`"),
+    "truncated": (CorruptError, ValueError, "no readable directory in its"),
+    "legacy truncated": (CorruptError, ValueError, "legacy"),
+    "a zip without a pickle": (NotACheckpointError, ValueError, "without one data.pkl"),
+    "flipped": (CorruptError, ValueError, "record archive/data/0 from byte"),
+}
+
+
+def faulty(fault: str, place) -> str | None:
+    import zipfile
+
+    import torch
+
+    tensors = as_bytes({"w": torch.arange(100_000), "v": torch.ones(3)})
+    match fault:
+        case "missing" | "denied" | "unreachable":
+            return getattr(place, fault)()
+        case "empty":
+            return place.put("a.ckpt", b"")
+        case "page":
+            return place.put("a.ckpt", b"\n<!DOCTYPE html><html></html>")
+        case "text":
+            return place.put("a.ckpt", b"hello world")
+        case "pointer":
+            return place.put("a.ckpt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+        case "truncated":
+            return place.put("a.ckpt", tensors[:-100_000])
+        case "legacy truncated":
+            data = as_bytes({"w": torch.ones(99)}, _use_new_zipfile_serialization=False)
+            return place.put("a.ckpt", data[:-50])
+        case "a zip without a pickle":
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as archive:
+                archive.writestr("readme.txt", "hello")
+            return place.put("a.ckpt", buffer.getvalue())
+        case "flipped":
+            spoiled = bytearray(tensors)
+            spoiled[tensors.index(torch.arange(100, 110).numpy().tobytes())] ^= 1
+            return place.put("a.ckpt", bytes(spoiled))
+    raise AssertionError(fault)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_told_alike_in_all_places(place, fault: str, monkeypatch) -> None:
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    uri = faulty(fault, place)
+    if uri is None:
+        pytest.skip("there is no such thing here")
+    kind, builtin, said = FAULTS[fault]
+    with pytest.raises(kind) as caught:
+        load(uri)
+    err = caught.value
+    assert isinstance(err, builtin)
+    assert said in str(err)
+    assert str(err).startswith(f"{uri}: ")
+    assert err.place == uri
+    again = pickle.loads(pickle.dumps(err))
+    assert (type(again), str(again), again.place) == (type(err), str(err), err.place)
+    if fault in ("missing", "denied", "unreachable"):
+        assert err.__cause__ is not None
+
+
+REMOTE = ["http", "s3", "gcs", "azure"]
+
+
+@pytest.mark.parametrize("place", REMOTE, indirect=True)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        servers.Fault(reset=True),
+        servers.Fault(cut=1000),
+        servers.Fault(reset=True, cut=30_000),
+        servers.Fault(status=503),
+        servers.throttled(429),
+    ],
+    ids=["reset", "cut", "reset-half-way", "503", "429"],
+)
+def test_a_failure_that_passes_is_waited_for(place, fault: servers.Fault, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    checkpoint = {"w": torch.arange(50_000.0), "v": torch.ones(30_000)}
+    uri = place.put("a.ckpt", as_bytes(checkpoint))
+    place.server.faults.extend([fault, None, fault, fault, None, fault])
+    assert_same(load(uri), checkpoint)
+
+
+def test_a_server_says_how_long_to_wait(http_server: servers.HTTPServer, monkeypatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
+    uri = http_server.put("a.ckpt", as_bytes({"a": 1}))
+    http_server.faults.extend([servers.throttled(503, 7), servers.throttled(429, 7)])
+    assert load(uri) == {"a": 1}
+    assert waits == [7.0, 7.0]
+
+
+def test_s3_says_how_long_to_wait(s3_store, monkeypatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_store.server.reset()
+    s3_store.write("wait.ckpt", as_bytes({"a": 1}))
+    s3_store.server.faults.extend([servers.throttled(503, 7), servers.throttled(503, 7)])
+    assert load(s3_store.uri("wait.ckpt")) == {"a": 1}
+    assert waits == [7.0, 7.0]
+
+
+def test_waits_double_and_have_jitter(http_server: servers.HTTPServer, monkeypatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
+    http_server.stop()
+    with pytest.raises(UnreachableError):
+        read = anemoi_ckpt._Source(parse_uri(f"{http_server.url}/a"))
+        read.read(0, [bytearray(1)])
+    assert len(waits) == anemoi_ckpt.ATTEMPTS - 1
+    assert all(0.05 * 2**n <= wait <= 0.1 * 2**n for n, wait in enumerate(waits, 1))
+
+
+def test_a_read_that_brings_something_each_time_goes_on(
+    http_server: servers.HTTPServer, monkeypatch
+) -> None:
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    uri = parse_uri(http_server.put("a.bin", DATA))
+    http_server.fault = lambda request: servers.Fault(cut=7000)
+    buffer = bytearray(len(DATA))
+    version = read_range(uri, 0, Buffers(bytearray(1)))
+    http_server.log.clear()
+    anemoi_ckpt._Source(uri, version).read(0, [buffer])
+    assert buffer == DATA
+    assert len(http_server.log) == 11  # of 7,000 bytes each: nothing came twice
+    assert http_server.bytes_sent == len(DATA)
+
+
+def test_the_object_replaced_while_it_is_loaded(http_server: servers.HTTPServer) -> None:
+    import torch
+
+    old = as_bytes({"w": torch.zeros(100_000)})
+    new = as_bytes({"w": torch.ones(100_000)})
+    uri = http_server.put("a.ckpt", old)
+
+    def replace() -> None:
+        http_server.put("a.ckpt", new)
+
+    http_server.fault = lambda request: (
+        servers.Fault(before=replace) if len(http_server.log) == 3 else None
+    )
+    with pytest.raises(ChangedError, match="replaced or removed while it was read.*load it again"):
+        load(uri)
+
+
+# ── HTTP ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["ignore_range", "gzip"])
+def test_a_server_without_ranges_is_read_once_as_a_stream(
+    http_server: servers.HTTPServer, kind: str
+) -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    checkpoint = {"w": torch.randn(8_000_000, generator=draw), "v": torch.ones(3)}
+    data = as_bytes(checkpoint)
+    uri = http_server.put("a.ckpt", data)
+    http_server.fault = lambda request: servers.Fault(**{kind: True})
+    assert_same(load(uri), checkpoint)
+    # what lay in the sockets of the two ranged requests, when they were closed, was sent, too
+    assert http_server.bytes_sent < 2 * len(data)
+
+
+def test_a_stream_that_breaks_is_begun_anew(http_server: servers.HTTPServer, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    checkpoint = {"w": torch.arange(300_000)}
+    uri = http_server.put("a.ckpt", as_bytes(checkpoint))
+    count = iter(range(99))
+
+    def fault(request: servers.Request) -> servers.Fault:
+        cut = 100_000 if not request.range and next(count) < 2 else None
+        return servers.Fault(ignore_range=True, cut=cut, reset=cut is not None)
+
+    http_server.fault = fault
+    assert_same(load(uri), checkpoint)
+    http_server.fault = lambda request: (
+        servers.Fault(ignore_range=True) if request.range else servers.Fault(status=503)
+    )
+    with pytest.raises(UnreachableError):
+        load(uri)
+
+
+def test_redirects_queries_and_basic_auth(http_server: servers.HTTPServer, tmp_path: Path) -> None:
+    http_server.put("real.ckpt", as_bytes({"a": 1}))
+    place = f"{http_server.url}/link.ckpt?sig=a%2Fb"
+    http_server.fault = lambda request: (
+        servers.redirect("/real.ckpt?sig=a%2Fb", 307) if "link" in request.path else None
+    )
+    assert load(place) == {"a": 1}
+    assert {request.query for request in http_server.log} == {"sig=a%2Fb"}
+
+    http_server.fault = lambda request: servers.Fault(auth="me:pass word")
+    host = http_server.url.removeprefix("http://")
+    assert load(f"http://me:pass%20word@{host}/real.ckpt") == {"a": 1}
+    params = {"user": "me", "password": "pass word"}
+    assert load(f"{http_server.url}/real.ckpt", transport_params=params) == {"a": 1}
+    with pytest.raises(AccessDeniedError, match=r"401 .*~/\.netrc"):
+        load(f"{http_server.url}/real.ckpt")
+    netrc = Path(os.environ["HOME"]) / ".netrc"
+    netrc.write_text('machine 127.0.0.1 login me password "pass word"\n')
+    netrc.chmod(0o600)
+    assert load(f"{http_server.url}/real.ckpt") == {"a": 1}
+
+
+def test_headers_and_a_session_of_ones_own(http_server: servers.HTTPServer) -> None:
+    import requests
+
+    uri = http_server.put("a.ckpt", as_bytes({"a": 1}))
+    with requests.Session() as session:
+        session.headers["X-From"] = "session"
+        params = {"session": session, "headers": {"Authorization": "Bearer t"}, "timeout": 5}
+        assert load(uri, transport_params=params) == {"a": 1}
+        with contextlib.closing(open_stream(uri, params)) as stream:
+            stream.read(1)
+    for request in http_server.log:
+        assert request.headers["Authorization"] == "Bearer t"
+        assert request.headers["X-From"] == "session"
+
+
+def test_a_url_presigned_for_get_alone(http_server: servers.HTTPServer) -> None:
+    http_server.head_status = 403
+    assert load(http_server.put("a.ckpt", as_bytes({"a": 1}))) == {"a": 1}
+    assert {request.method for request in http_server.log} == {"GET"}
+
+
+@pytest.mark.parametrize("fault", [servers.Fault(weak_etag=True), servers.Fault(no_etag=True)])
+def test_weak_and_no_etags(http_server: servers.HTTPServer, fault: servers.Fault) -> None:
+    import torch
+
+    checkpoint = {"w": torch.arange(300_000)}
+    uri = http_server.put("a.ckpt", as_bytes(checkpoint))
+    http_server.fault = lambda request: fault
+    assert_same(load(uri), checkpoint)
+    assert not any(request.headers["If-Match"] for request in http_server.log)
+
+
+def test_a_signed_url_that_has_expired(http_server: servers.HTTPServer) -> None:
+    http_server.fault = lambda request: servers.Fault(status=403)
+    with pytest.raises(AccessDeniedError, match="ask for a new one if the URL is a signed one"):
+        load(f"{http_server.url}/a.ckpt?X-Amz-Signature=1")
+
+
+@pytest.mark.parametrize("status", [400, 418])
+def test_an_answer_that_nobody_foresaw(http_server: servers.HTTPServer, status: int) -> None:
+    http_server.fault = lambda request: servers.Fault(status=status)
+    with pytest.raises(CheckpointError, match=f"the server answered {status}"):
+        load(f"{http_server.url}/a.ckpt")
+
+
+# ── local ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_wrong_path_names_what_is_there(tmp_path: Path) -> None:
+    for name in ("last.ckpt", "last-v1.ckpt", "other.txt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointNotFoundError, match=r"is it one of these: last\.ckpt, last-v1"):
+        load(tmp_path / "lasst.ckpt")
+    with pytest.raises(CheckpointNotFoundError, match="there is no such file; check the name"):
+        load(tmp_path / "zzzzzzzz")
+    with pytest.raises(CheckpointNotFoundError, match=r"the directory .*nowhere does not exist"):
+        load(tmp_path / "nowhere" / "a.ckpt")
+    with pytest.raises(CheckpointNotFoundError, match=r"the directory .*last.ckpt does not exist"):
+        load(tmp_path / "last.ckpt" / "a.ckpt")
+    with pytest.raises(InvalidURIError, match="this is a folder; add the name"):
+        load(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_and_a_disk_that_fails(tmp_path: Path, monkeypatch) -> None:
+    def refuse(err: OSError) -> None:
+        def fail(*args: object, **kw: object) -> None:
+            raise err
+
+        monkeypatch.setattr("builtins.open", fail)
+
+    refuse(PermissionError(13, "Permission denied"))
+    with pytest.raises(AccessDeniedError, match="may not be read; make the file readable"):
+        open_stream("a.ckpt")
+    refuse(OSError(5, "Input/output error"))
+    with pytest.raises(CheckpointError, match="Input/output error; check the disk"):
+        open_stream("a.ckpt")
+
+
+def test_files_by_url_home_and_link(tmp_path: Path) -> None:
+    target = Path(os.environ["HOME"]) / "a b.ckpt"
+    target.write_bytes(as_bytes({"a": 1}))
+    (tmp_path / "link.ckpt").symlink_to(target)
+    url = target.as_uri()
+    assert "%20" in url
+    assert [load(p) for p in ("~/a b.ckpt", url, tmp_path / "link.ckpt")] == [{"a": 1}] * 3
+
+
+# ── S3, GCS, Azure ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("place", ["s3", "gcs", "azure"], indirect=True)
+def test_a_wrong_bucket(place) -> None:
+    scheme = place.missing().partition("://")[0]
+    with pytest.raises((CheckpointNotFoundError, AccessDeniedError)) as caught:
+        load(f"{scheme}://no-such-bucket/a.ckpt")
+    assert "no-such-bucket/a.ckpt" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["s3", "gcs", "azure"], indirect=True)
+def test_a_client_of_ones_own(place, monkeypatch) -> None:
+    uri = place.put("a.ckpt", as_bytes({"a": 1}))
+    clients = {
+        "s3": anemoi_ckpt._s3_client,
+        "gcs": anemoi_ckpt._gcs_client,
+        "azure": anemoi_ckpt._azure_client,
+    }
+    client = clients[place.kind](parse_uri(uri), None)
+    for name in list(place.store.environment):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers.free_port()}")
+    assert load(uri, transport_params={"client": client}) == {"a": 1}
+    with contextlib.closing(open_stream(uri, {"client": client})) as stream:
+        assert stream.read() == as_bytes({"a": 1})
+
+
+@pytest.mark.parametrize("place", ["s3", "gcs", "azure"], indirect=True)
+def test_clients_are_made_once_for_a_setting_of_the_environment(place, monkeypatch) -> None:
+    uri = parse_uri(place.missing())
+    make = {
+        "s3": anemoi_ckpt._s3_client,
+        "gcs": anemoi_ckpt._gcs_client,
+        "azure": anemoi_ckpt._azure_client,
+    }[place.kind]
+    client = make(uri, None)
+    assert make(uri, None) is client
+    for name in ("AWS_REGION", "GOOGLE_CLOUD_QUOTA_PROJECT", "AZURE_CLIENT_ID"):
+        monkeypatch.setenv(name, "other-1")
+    assert make(uri, None) is not client
+
+
+def test_a_public_bucket_needs_no_credentials(s3_store, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_store.server.url)
+    s3_store.server.reset()
+    s3_store.sdk.put_object(
+        Bucket=servers.BUCKET, Key="public.ckpt", Body=as_bytes({"a": 1}), ACL="public-read"
+    )
+    assert load(f"s3://{servers.BUCKET}/public.ckpt") == {"a": 1}
+    assert not any(request.headers["Authorization"] for request in s3_store.server.log)
+    s3_store.sdk.put_object(Bucket=servers.BUCKET, Key="private.ckpt", Body=as_bytes({"a": 1}))
+    with pytest.raises(AccessDeniedError, match="AWS_ACCESS_KEY_ID"):
+        load(f"s3://{servers.BUCKET}/private.ckpt")
+
+
+def test_a_profile_that_is_not_there(monkeypatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(AccessDeniedError, match=r"nobody.*set AWS_PROFILE"):
+        load("s3://bucket/a.ckpt")
+
+
+def test_a_version_of_an_object_in_s3(s3_store, monkeypatch) -> None:
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_store.server.reset()
+    s3_store.sdk.create_bucket(Bucket="versioned")
+    s3_store.sdk.put_bucket_versioning(
+        Bucket="versioned", VersioningConfiguration={"Status": "Enabled"}
+    )
+    put = s3_store.sdk.put_object
+    first = put(Bucket="versioned", Key="a.ckpt", Body=as_bytes({"a": 1}))["VersionId"]
+    put(Bucket="versioned", Key="a.ckpt", Body=as_bytes({"a": 2}))
+    assert load("s3://versioned/a.ckpt") == {"a": 2}
+    assert load(f"s3://versioned/a.ckpt?versionId={first}") == {"a": 1}
+    with contextlib.closing(open_stream(f"s3://versioned/a.ckpt?versionId={first}")) as stream:
+        assert stream.read() == as_bytes({"a": 1})
+
+
+def test_a_generation_of_an_object_in_gcs(gcs_store, monkeypatch) -> None:
+    for name, value in gcs_store.environment.items():
+        monkeypatch.setenv(name, value)
+    gcs_store.server.reset()
+    gcs_store.write("a.ckpt", as_bytes({"a": 1}))
+    uri = parse_uri(gcs_store.uri("a.ckpt"))
+    generation = read_range(uri, 0, Buffers(bytearray(1))).tag
+    assert load(f"{uri}#{generation}") == {"a": 1}
+    with pytest.raises(CheckpointNotFoundError):
+        load(f"{uri}#{int(generation) + 1}")
+
+
+def test_gcs_without_credentials_is_anonymous(monkeypatch) -> None:
+    client = anemoi_ckpt._gcs_client(parse_uri("gs://bucket/a"), None)
+    assert client._credentials.token is None
+
+
+KEY = "c2VjcmV0"
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "url", "credential"),
+    [
+        (
+            "az://c/b",
+            {"AZURE_STORAGE_ACCOUNT": "acc", "AZURE_STORAGE_KEY": KEY},
+            "https://acc.blob.core.windows.net/",
+            "SharedKeyCredentialPolicy",
+        ),
+        (
+            "az://c/b",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "acc", "AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=s"},
+            "https://acc.blob.core.windows.net/?sv=1&sig=s",
+            None,
+        ),
+        (
+            "abfss://c@acc.dfs.core.windows.net/b",
+            {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=acc;AccountKey={KEY}"},
+            "https://acc.blob.core.windows.net/",
+            "SharedKeyCredentialPolicy",
+        ),
+        (  # another account's credentials are not shown to this one
+            "abfss://c@other.dfs.core.windows.net/b",
+            {
+                "AZURE_STORAGE_CONNECTION_STRING": f"AccountName=acc;AccountKey={KEY}",
+                "AZURE_STORAGE_ACCOUNT": "acc",
+                "AZURE_STORAGE_KEY": KEY,
+            },
+            "https://other.blob.core.windows.net/",
+            None,
+        ),
+        (
+            "https://acc.blob.core.windows.net/c/b?sv=1&sig=s",
+            {},
+            "https://acc.blob.core.windows.net/?sv=1&sig=s",
+            None,
+        ),
+    ],
+)
+def test_credentials_of_azure(text, environment, url, credential, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    client = anemoi_ckpt._azure_client(parse_uri(text), None)
+    assert client.url == url
+    policy = client._pipeline._impl_policies if credential else []
+    assert (type(client.credential).__name__ if client.credential else None) == credential
+    assert policy is not None
+
+
+def test_azure_identity_where_it_is_installed(monkeypatch, mocker) -> None:
+    identity = mocker.MagicMock()
+    identity.DefaultAzureCredential = lambda: servers.attrs.make_class(
+        "Token", [], bases=(), slots=False
+    )
+    monkeypatch.setitem(sys.modules, "azure.identity", identity)
+    assert anemoi_ckpt._azure_identity().__name__ == "Token"
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    assert anemoi_ckpt._azure_identity() is None
+
+
+def test_azure_without_an_account(monkeypatch) -> None:
+    with pytest.raises(AccessDeniedError, match=r"no storage account.*CONNECTION_STRING"):
+        load("az://container/a.ckpt")
+
+
+# ── packages ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "remedy"),
+    [
+        ("s3://b/k", "boto3", r"pip install 'anemoi-ckpt\[s3\]'"),
+        ("gs://b/k", "google.cloud.storage", r"pip install 'anemoi-ckpt\[gcs\]'"),
+        ("az://c/b", "azure.storage.blob", r"pip install 'anemoi-ckpt\[azure\]'"),
+        ("https://h/a", "requests", r"pip install 'anemoi-ckpt\[http\]'"),
+    ],
+)
+def test_a_missing_package_says_what_to_install(text, module, remedy, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for read in (load, open_stream):
+        with pytest.raises(MissingPackageError, match=remedy) as caught:
+            read(text)
+        assert isinstance(caught.value, ImportError)
