@@ -259,10 +259,9 @@ class Ledger(TorchDispatchMode):
                 result = written[0]  # a real tensor stays real; its values come later
         else:
             result = func(*args, **kwargs)
-        for tensor in tree_leaves((result, written)):
-            if isinstance(tensor, torch.Tensor):
-                for storage in _storages(tensor):
-                    self.enter(storage, keys)
+        for tensor in filter(torch.is_tensor, tree_leaves((result, written))):
+            for storage in _storages(tensor):
+                self.enter(storage, keys)
         return result
 
 

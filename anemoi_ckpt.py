@@ -582,7 +582,8 @@ def read_range(
     with _explained(uri), closing(open_stream(uri, transport_params)) as stream:
         if not stream.seekable():
             raise _UnrangedError
-        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0, os.SEEK_END)
+        size = stream.tell()  # paramiko's seek tells nothing
         version = _pinned(uri, Version(size), pin)
         stream.seek(max(0, size + offset) if offset < 0 else min(offset, size))
         buffers.readfrom(stream)
@@ -755,40 +756,35 @@ def _explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         yield
     except (CheckpointError, _UnrangedError):
         raise
-    except Exception as err:  # noqa: BLE001 - no SDK names all that it raises
+    except Exception as err:  # no SDK names all that it raises
+        if isinstance(uri, LocalURI) and isinstance(err, OSError):
+            raise _explain_local(uri, err) from err
         raise _explain(uri, err, pin) from _without_secrets(err)
 
 
 def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
     status, code = _status(err)
     said = f"{type(err).__name__}: {err}" if not status else f"the server answered {status} {code}"
-    if status in (401, 403) or type(err).__name__ in _NO_CREDENTIALS or code in _EXPIRED:
+    denied = isinstance(err, PermissionError) or type(err).__name__ in _NO_CREDENTIALS
+    if denied or status in (401, 403) or code in _EXPIRED:
         return AccessDeniedError(uri, f"access is denied ({said})", uri.credentials)
     if pin and status in (404, 410, 412, 416):
         return ChangedError(
             uri, f"the object was replaced or removed while it was read ({said})", "load it again"
         )
-    if status in (404, 410):
+    if status in (404, 410) or isinstance(err, FileNotFoundError):
         return CheckpointNotFoundError(
             uri, f"there is no such object ({said})", "check the name for typing errors"
         )
     if status == 416:  # noqa: PLR2004 - no first byte: RFC 9110 15.5.17
         return _empty(uri)
-    if status in (408, 429) or status >= 500:  # noqa: PLR2004 - server errors
-        busy = UnreachableError(uri, f"no success ({said})", "try again later")
-        busy.retry_after = _retry_after(err)
-        return busy
-    return _explain_unanswered(uri, err, said)
-
-
-def _explain_unanswered(uri: URI, err: Exception, said: str) -> CheckpointError:
-    if isinstance(err, OSError) and isinstance(uri, LocalURI):
-        return _explain_local(uri, err)
+    busy = status in (408, 429) or status >= 500  # noqa: PLR2004 - server errors
     package = type(err).__module__.partition(".")[0]
-    if isinstance(err, OSError | EOFError) or package in _NETWORK:
-        return UnreachableError(
-            uri, f"no answer ({said})", "check the host, the endpoint and the network"
-        )
+    if busy or (not status and (isinstance(err, OSError | EOFError) or package in _NETWORK)):
+        remedy = "check the host, the endpoint and the network, or try again later"
+        problem = UnreachableError(uri, f"no useful answer ({said})", remedy)
+        problem.retry_after = _retry_after(err)
+        return problem
     return CheckpointError(uri, said, "see the error above, which caused this one")
 
 
@@ -993,10 +989,11 @@ def _stream_whole(uri: URI, transport_params: Params, notify: Notify) -> bytearr
                 while chunk := stream.read(CHUNK_BYTES):
                     data += chunk
                     notify(len(chunk))
-            return data
         except UnreachableError as err:
             attempt += 1
             _wait(attempt, err)
+        else:
+            return data
 
 
 def _wait(attempt: int, problem: UnreachableError) -> None:

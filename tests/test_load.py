@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import itertools
 import random
 import subprocess
 import sys
@@ -101,7 +102,13 @@ def layouts(checkpoint: Any) -> list[bytes]:
 def test_fidelity(checkpoint: Any, layout: int, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(layouts(checkpoint)[layout])
-    assert_same(load(path), torch.load(path, weights_only=True))
+    try:
+        expected = torch.load(path, weights_only=True)
+    except AttributeError:  # float8 in a legacy file: torch writes it, and cannot read it
+        with pytest.raises(CorruptError, match="torch cannot read it as a legacy file"):
+            load(path)
+    else:
+        assert_same(load(path), expected)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
@@ -163,7 +170,7 @@ STRATEGIES: dict[str, Callable[[Any], Any]] = {
     "shapes": lambda c: {name: tuple(t.shape) for name, t in weights(c).items()},
     "numpy": on_tensors(lambda t: torch.from_numpy(t.detach().double().resolve_conj().numpy())),
 }
-ENDS = {"largest": largest, "names": lambda c: list(c), "nothing": lambda c: None}
+ENDS = {"largest": largest, "names": list, "nothing": lambda c: None}
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
@@ -197,7 +204,9 @@ def test_fusion(checkpoint: Any, names: list[str], end: str | None, tmp_path: Pa
 
 @few
 @given(
-    checkpoint=checkpoints(), strategy=st.sampled_from([drop_optimizer, weights, half]), data=st.data()
+    checkpoint=checkpoints(),
+    strategy=st.sampled_from([drop_optimizer, weights, half]),
+    data=st.data(),
 )
 def test_purity(checkpoint: Any, strategy: Callable[[Any], Any], data: st.DataObject) -> None:
     snapshot = torch.load(io.BytesIO(as_bytes(checkpoint)), weights_only=True)
@@ -223,7 +232,9 @@ def stored(http_server: servers.HTTPServer) -> tuple[str, dict[str, Any]]:
 def storage_bytes(result: Any) -> int:
     leaves = torch.utils._pytree.tree_leaves(result)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,7 +338,7 @@ def test_few_requests_one_after_another(place, stored) -> None:
 
     place.server.fault = late
     load(uri, weights)
-    rounds = 1 + sum(later - sooner > 0.1 for sooner, later in zip(seen, seen[1:], strict=False))
+    rounds = 1 + sum(later - sooner > 0.1 for sooner, later in itertools.pairwise(seen))
     assert rounds <= 4  # three before the tensors' bytes, and these
 
 
@@ -406,9 +417,9 @@ def test_an_archive_that_somebody_zipped_anew(tmp_path: Path, stored) -> None:
         assert_same(load(tmp_path / "a.ckpt"), stored[1])
 
 
-def test_an_archive_with_bytes_in_front(tmp_path: Path, stored) -> None:
+def test_what_is_awkward_in_an_archive_that_somebody_zipped_anew(tmp_path: Path) -> None:
     data = as_bytes(odd_checkpoint())
-    (tmp_path / "a.ckpt").write_bytes(repacked(data, zipfile.ZIP_STORED) + b"")
+    (tmp_path / "a.ckpt").write_bytes(repacked(data, zipfile.ZIP_STORED))
     assert_same(load(tmp_path / "a.ckpt"), torch.load(io.BytesIO(data), weights_only=True))
 
 
@@ -549,7 +560,9 @@ def test_a_pickle_that_is_damaged(tmp_path: Path) -> None:
     data = bytearray(as_bytes({"a name to find": torch.arange(5.0)}))
     data[data.index(b"a name to find")] ^= 1
     (tmp_path / "a.ckpt").write_bytes(data)
-    with pytest.raises(CorruptError, match=r"record archive/data\.pkl .*do not match their checksum"):
+    with pytest.raises(
+        CorruptError, match=r"record archive/data\.pkl .*do not match their checksum"
+    ):
         load(tmp_path / "a.ckpt")
 
 
@@ -571,7 +584,9 @@ def test_a_directory_that_lies(tmp_path: Path) -> None:
         load(tmp_path / "a.ckpt")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_damaged_file_gives_the_truth_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever bit is wrong, wherever the file ends."""
@@ -591,7 +606,7 @@ def test_a_damaged_file_gives_the_truth_or_an_error(tmp_path: Path, data: st.Dat
 
 def test_a_function_is_told_of_progress(stored) -> None:
     counts: list[tuple[int, int | None]] = []
-    load(stored[0], weights, progress=lambda done, total: counts.append((done, total)))
+    load(stored[0], weights, progress=lambda *count: counts.append(count))
     assert {total for _, total in counts} == {8_000_000}
     assert [done for done, _ in counts] == sorted(done for done, _ in counts)
     assert counts[-1][0] == 8_000_000
@@ -654,7 +669,8 @@ def test_import_takes_no_cloud_sdk() -> None:
 
 def test_a_users_own_strategies_py_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "strategies.py").write_text("raise SystemExit('the wrong module')")
-    code = f"import sys; sys.path.append({str(Path(anemoi_ckpt.__file__).parent)!r})\nimport anemoi_ckpt"
+    home = str(Path(anemoi_ckpt.__file__).parent)
+    code = f"import sys; sys.path.append({home!r}); import anemoi_ckpt"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 

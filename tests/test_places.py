@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
+    GCSURI,
+    HTTPURI,
+    S3URI,
+    URI,
     AccessDeniedError,
     AzureURI,
     Buffers,
@@ -22,14 +26,10 @@ from anemoi_ckpt import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptError,
-    GCSURI,
-    HTTPURI,
     InvalidURIError,
     LocalURI,
     MissingPackageError,
     NotACheckpointError,
-    S3URI,
-    URI,
     UnreachableError,
     Version,
     load,
@@ -190,7 +190,8 @@ def test_a_stream_gives_all(place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "length"), [(0, 10), (1000, 70_000), (-10, 10), (len(DATA) - 3, 10), (-99_999, 99_999)]
+    ("offset", "length"),
+    [(0, 10), (1000, 70_000), (-10, 10), (len(DATA) - 3, 10), (-99_999, 99_999)],
 )
 def test_a_range_fills_buffers_with_what_is_there(place, offset: int, length: int) -> None:
     uri = parse_uri(place.put("a.bin", DATA))
@@ -218,6 +219,20 @@ def test_a_place_of_ones_own_has_ranges_by_seeking(monkeypatch) -> None:
         assert buffer[: buffers.filled] == DATA[start : start + length]
     with pytest.raises(ChangedError):
         read_range(SeekableURI("x"), 0, Buffers(bytearray(1)), Version(7))
+
+
+def test_a_stream_that_always_ends_early_is_given_up(monkeypatch) -> None:
+    class ShortURI(URI):
+        """Says that it is longer than it is."""
+
+    class Short(io.BytesIO):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            return super().seek(80 if whence == io.SEEK_END else offset)
+
+    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    open_stream.register(ShortURI, lambda uri, transport_params=None: Short(b"x" * 30))
+    with pytest.raises(UnreachableError, match="the answer ended early, 30 bytes after byte 0"):
+        load(ShortURI("x"))
 
 
 def test_a_stream_that_cannot_seek_is_taken_whole(tmp_path: Path) -> None:
@@ -270,7 +285,7 @@ CHECKPOINT = {"state_dict": {f"layer.{i}": as_bytes([i]) for i in range(3)}, "ep
 FAULTS = {
     "missing": (CheckpointNotFoundError, FileNotFoundError, "missing.ckpt"),
     "denied": (AccessDeniedError, PermissionError, ""),
-    "unreachable": (UnreachableError, ConnectionError, "no answer"),
+    "unreachable": (UnreachableError, ConnectionError, "no useful answer"),
     "empty": (NotACheckpointError, ValueError, "the file is empty"),
     "page": (NotACheckpointError, ValueError, "an HTML or XML page"),
     "text": (NotACheckpointError, ValueError, "begins with b'hello world', as no checkpoint does"),
@@ -386,9 +401,9 @@ def test_waits_double_and_have_jitter(http_server: servers.HTTPServer, monkeypat
     waits: list[float] = []
     monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
     http_server.stop()
+    source = anemoi_ckpt._Source(parse_uri(f"{http_server.url}/a"))
     with pytest.raises(UnreachableError):
-        read = anemoi_ckpt._Source(parse_uri(f"{http_server.url}/a"))
-        read.read(0, [bytearray(1)])
+        source.read(0, [bytearray(1)])
     assert len(waits) == anemoi_ckpt.ATTEMPTS - 1
     assert all(0.05 * 2**n <= wait <= 0.1 * 2**n for n, wait in enumerate(waits, 1))
 
@@ -421,7 +436,7 @@ def test_the_object_replaced_while_it_is_loaded(http_server: servers.HTTPServer)
     http_server.fault = lambda request: (
         servers.Fault(before=replace) if len(http_server.log) == 3 else None
     )
-    with pytest.raises(ChangedError, match="replaced or removed while it was read.*load it again"):
+    with pytest.raises(ChangedError, match=r"replaced or removed while it was read.*load it again"):
         load(uri)
 
 

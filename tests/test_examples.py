@@ -1,0 +1,104 @@
+"""What README, docstrings and examples show is true."""
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import requests
+import torch
+
+import anemoi_ckpt
+import servers
+from anemoi_ckpt import CheckpointNotFoundError, load
+from checkpoints import as_bytes, assert_same
+from sftp import sftp_server
+
+ROOT = Path(anemoi_ckpt.__file__).parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?:<!-- test: (\w+) -->\n)?```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["anemoi_ckpt", "strategies", "_ckpt_archive", "_ckpt_errors"])
+def test_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", ["anemoi_ckpt", "strategies"])
+def test_every_public_function_has_a_docstring(name: str) -> None:
+    module = importlib.import_module(name)
+    assert [public for public in module.__all__ if not getattr(module, public).__doc__] == []
+
+
+def test_readme(s3_store, http_server: servers.HTTPServer, monkeypatch) -> None:
+    """Runs all blocks but those that have a test of their own, one after the other."""
+    for variable, value in s3_store.environment.items():
+        monkeypatch.setenv(variable, value)
+    s3_store.server.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    state = {f"encoder.{k}": t for k, t in model.state_dict().items()}
+    checkpoint = {
+        "state_dict": {"head.weight": torch.ones(3), **state},
+        "optimizer_states": [torch.zeros(9)],
+    }
+    s3_store.sdk.create_bucket(Bucket="bucket")
+    for key in ("run/last.ckpt", "last.ckpt"):
+        s3_store.sdk.put_object(Bucket="bucket", Key=key, Body=as_bytes(checkpoint))
+    http_server.put("last.ckpt", as_bytes(checkpoint))
+    scope: dict[str, Any] = {
+        "boto3": boto3,
+        "session": requests.Session(),
+        "token": "t",
+        "uri": "s3://bucket/last.ckpt",
+    }
+    for mark, block in BLOCKS:
+        if not mark:
+            exec(block.replace("https://host", http_server.url), scope)
+    assert_same(scope["checkpoint"], {"state_dict": checkpoint["state_dict"]})
+    assert_same(scope["state_dict"], checkpoint["state_dict"])
+    assert_same(scope["last"], checkpoint["state_dict"]["head.weight"])
+    assert {t.dtype for t in scope["half"].values()} == {torch.float16}
+    assert list(scope["encoder"]) == list(state)
+
+
+def test_readme_place_of_ones_own(tmp_path: Path) -> None:
+    (text,) = [block for mark, block in BLOCKS if mark == "sftp"]
+    checkpoint = {"state_dict": {"w": torch.arange(500_000.0)}, "optimizer_states": torch.ones(9)}
+    (tmp_path / "last.ckpt").write_bytes(as_bytes(checkpoint))
+    scope: dict[str, Any] = {"__name__": "readme"}
+    try:
+        exec(compile(text, "README.md", "exec", dont_inherit=True), scope)
+        with sftp_server(tmp_path) as place:
+            assert_same(load(f"{place}/last.ckpt"), checkpoint)
+            assert_same(load(f"{place}/last.ckpt", lambda c: c["optimizer_states"]), torch.ones(9))
+            with pytest.raises(CheckpointNotFoundError, match=r"me:\*\*\*@|\*\*\*@127"):
+                load(f"{place}/nothing.ckpt")
+    finally:
+        anemoi_ckpt._PARSERS.pop("sftp", None)
+
+
+def test_readme_names_what_there_is() -> None:
+    for name in anemoi_ckpt.__all__:
+        if name.endswith("Error") and name != "CheckpointError":
+            assert f"| `{name}` | `{getattr(anemoi_ckpt, name).__mro__[2].__name__}` |" in README
+    assert "@@" not in README
+
+
+def test_quickstart() -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/quickstart.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    moved, stored = re.search(r"moved ([\d.]+) MB of ([\d.]+) MB stored", done.stdout).groups()
+    assert 0.3 < float(moved) / float(stored) < 0.36
