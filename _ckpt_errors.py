@@ -60,6 +60,10 @@ class UnsafeCheckpointError(CheckpointError, ValueError):
     """The checkpoint names classes or functions that are not on torch's list of safe ones."""
 
 
+class MismatchError(CheckpointError, ValueError):
+    """The checkpoint does not fit the model."""
+
+
 class MissingPackageError(CheckpointError, ImportError):
     """The place needs a package that is not installed."""
 

@@ -7,7 +7,7 @@ Read from top to bottom, this file is the way a checkpoint takes::
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
 
-errors · places · streams · ranges · sources · archives · fetch · load
+places · streams · ranges · sources · fetch · load · install
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ctypes
 import difflib
 import functools
 import gc
+import http.client
 import importlib
 import io
 import itertools
@@ -60,12 +61,14 @@ from _ckpt_errors import (
     CheckpointNotFoundError,
     CorruptError,
     InvalidURIError,
+    MismatchError,
     MissingPackageError,
     NotACheckpointError,
     UnreachableError,
     UnsafeCheckpointError,
     redact,
 )
+from _ckpt_install import Before, Match, Report, check_enough, install, look, match
 
 __all__ = [
     "GCSURI",
@@ -81,12 +84,14 @@ __all__ = [
     "CorruptError",
     "InvalidURIError",
     "LocalURI",
+    "MismatchError",
     "MissingPackageError",
     "NotACheckpointError",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
     "load",
+    "load_into",
     "open_stream",
     "parse_uri",
     "read_range",
@@ -101,7 +106,8 @@ Notify = Callable[[int], object]  # told how many bytes have come, each time som
 Progress = bool | Callable[[int, int | None], object] | None
 
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
-PART_BYTES = 8 * 1024**2  # one request: long against a round trip, short against a retry
+PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
+LONG_PART_BYTES = 64 * 1024**2  # most: so that connections end together
 CONNECTIONS = 32  # at once: stores cap each connection (80 MB/s or so), not the sum
 CHUNK_BYTES = 1024**2  # one readinto: how often progress and interrupts are looked at
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
@@ -344,13 +350,13 @@ def _(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG0
 @open_stream.register
 def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
     with _explained(uri):
-        http = _package("smart_open.http", uri)
+        reader = _package("smart_open.http", uri)
         params = {
             "session": _http_session(uri),
             "timeout": TIMEOUT_SECONDS,
             **(transport_params or {}),
         }
-        stream = http.open(uri.text, "rb", **params)
+        stream = reader.open(uri.text, "rb", **params)
         stream.response.raw.decode_content = True  # some servers compress though nobody asked
         return stream  # type: ignore[no-any-return]
 
@@ -469,8 +475,8 @@ def _make_azure_client(
 ) -> Any:
     settings = dict(environment)
     options = {
-        "max_single_get_size": PART_BYTES,
-        "max_chunk_get_size": PART_BYTES,
+        "max_single_get_size": LONG_PART_BYTES,
+        "max_chunk_get_size": LONG_PART_BYTES,
         "connection_timeout": TIMEOUT_SECONDS,
         "read_timeout": TIMEOUT_SECONDS,
         "retry_total": 0,  # one policy of retries for all places: ours
@@ -635,7 +641,7 @@ def _(
             raise _UnrangedError
         tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
         version = _pinned(uri, Version(int(extent[1]), tag), pin)
-        buffers.readfrom(reply.raw)
+        _read_socket(reply.raw, buffers)
     return version
 
 
@@ -657,7 +663,7 @@ def _(
         with closing(reply["Body"]) as body:
             size = int(reply["ContentRange"].rpartition("/")[2])
             version = _pinned(uri, Version(size, reply["ETag"]), pin)
-            buffers.readfrom(body)
+            _read_socket(getattr(body, "_raw_stream", body), buffers)
     return version
 
 
@@ -712,6 +718,17 @@ def _(
         version = _pinned(uri, Version(total, reply.properties.etag), pin)
         reply.readinto(buffers)
     return version
+
+
+def _read_socket(reply: Any, buffers: Buffers) -> None:
+    """Fill buffers from the socket beneath urllib3's reply, which itself would copy each byte."""
+    socket = getattr(reply, "_fp", None)
+    if not isinstance(socket, http.client.HTTPResponse):
+        buffers.readfrom(reply)
+        return
+    buffers.readfrom(socket)
+    if socket.isclosed():  # at its end: the connection can be used again
+        reply.release_conn()
 
 
 def _range(offset: int, buffers: Buffers) -> str:
@@ -853,6 +870,7 @@ class _Source:
     uri: URI
     version: Version | None = None
     transport_params: Params = field(default=None, repr=False)
+    moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
 
     @property
     def size(self) -> int:
@@ -868,7 +886,8 @@ class _Source:
         buffers = Buffers(*arrays, notify=notify)
         attempt, best = 0, 0
         while True:
-            start = offset + buffers.filled
+            known = buffers.filled
+            start = offset + known
             try:
                 version = read_range(self.uri, start, buffers, self.version, self.transport_params)
             except UnreachableError as err:
@@ -882,6 +901,8 @@ class _Source:
                     f"the answer ended early, {buffers.filled} bytes after byte {first}",
                     "check the network and the server",
                 )
+            finally:
+                self.moved.append(buffers.filled - known)
             attempt = 1 if buffers.filled > best else attempt + 1
             best = max(best, buffers.filled)
             _wait(attempt, problem)
@@ -963,7 +984,7 @@ def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
             _pinned(uri, last.result(), version)
     if not version.size:
         raise _empty(uri)
-    source = _Source(uri, version, transport_params)
+    source = _Source(uri, version, transport_params, unpinned.moved)
     blocks = {0: memoryview(head)[: version.size]}
     if version.size > BLOCK_BYTES:
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
@@ -1012,7 +1033,9 @@ def _read_whole(source: _Source, progress: Progress) -> bytearray:
         _in_parallel(
             [
                 functools.partial(source.read, offset, [view for view, _ in pieces], notify)
-                for offset, pieces in _cut(0, [(memoryview(data), "")])
+                for offset, pieces in _cut(
+                    0, [(memoryview(data), "")], _part_bytes(source, source.size)
+                )
             ],
             source.uri.connections,
         )
@@ -1056,10 +1079,15 @@ def _ignore(_size: int) -> None:
 _Pieces = list[tuple[memoryview, str]]  # memory to fill, and whose it is
 
 
-def _cut(offset: int, pieces: _Pieces) -> Iterator[tuple[int, _Pieces]]:
+def _part_bytes(source: _Source, total: int) -> int:
+    """Choose how much to ask for at once: each connection a part, as far as that makes sense."""
+    return min(max(total // source.uri.connections, PART_BYTES), LONG_PART_BYTES)
+
+
+def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces]]:
     """Cut a span of an object, which fills pieces of memory, into parts of one request each."""
     part: _Pieces = []
-    room = PART_BYTES
+    room = size
     for view, owner in pieces:
         rest = view
         while rest:
@@ -1067,7 +1095,7 @@ def _cut(offset: int, pieces: _Pieces) -> Iterator[tuple[int, _Pieces]]:
             rest, room = rest[room:], room - min(room, len(rest))
             if not room:
                 yield offset, part
-                offset, part, room = offset + PART_BYTES, [], PART_BYTES
+                offset, part, room = offset + size, [], size
     if part:
         yield offset, part
 
@@ -1093,11 +1121,14 @@ def _fetch(
     source: _Source, records: Mapping[str, Record], progress: Progress
 ) -> dict[str, torch.UntypedStorage]:
     """Bring records into fresh storages: coalesced ranges, in parallel, each record checked."""
-    storages = {key: _fresh_storage(record.size) for key, record in records.items()}
+    storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
     views = {key: _memory(storage) for key, storage in storages.items() if storage.nbytes()}
     headers = {key: bytearray(records[key].start - records[key].header) for key in views}
+    total = sum(record.size for record in records.values())
     parts = [
-        part for offset, pieces in _spans(records, views, headers) for part in _cut(offset, pieces)
+        part
+        for offset, pieces in _spans(records, views, headers)
+        for part in _cut(offset, pieces, _part_bytes(source, total))
     ]
     missing = Counter(owner for _, pieces in parts for _, owner in pieces)
     lock = threading.Lock()
@@ -1111,7 +1142,7 @@ def _fetch(
             if whole:  # checked here, while other parts are still on their way
                 _verify(source, records[owner], headers[owner], views[owner])
 
-    with _shown(source.uri, sum(record.size for record in records.values()), progress) as notify:
+    with _shown(source.uri, total, progress) as notify:
         tasks = [functools.partial(bring, *part) for part in parts]
         _in_parallel(tasks, source.uri.connections)
     return storages
@@ -1160,20 +1191,6 @@ def _bridged_gaps(records: Sequence[Record]) -> set[int]:
     return bridged
 
 
-_HUGE_PAGE_BYTES = 2 * 1024**2
-_MADV_HUGEPAGE = 14  # Linux, <asm-generic/mman-common.h>
-
-
-def _fresh_storage(size: int) -> torch.UntypedStorage:
-    """Allocate a storage, in huge pages if large: small ones cost more to touch than to fill."""
-    storage = torch.UntypedStorage(size)
-    if size >= 2 * _HUGE_PAGE_BYTES and sys.platform == "linux":
-        first = -(-storage.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        length = storage.data_ptr() + size - first
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return storage
-
-
 def _memory(storage: torch.UntypedStorage) -> memoryview:
     """Give a writable view of a storage's own memory, which keeps the storage alive."""
     buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
@@ -1215,26 +1232,42 @@ def load(
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    place = parse_uri(uri)
-    for strategy in strategies:
-        if not callable(strategy):
-            raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
-    try:
-        opened = _open_source(place, transport_params)
-        return _load(place, *opened, strategies, progress)
-    except _UnrangedError:
-        with _shown(place, None, progress) as notify:
-            opened = _hold(place, _stream_whole(place, transport_params, notify))
-        return _load(place, *opened, strategies, False)
+    return _load(parse_uri(uri), strategies, transport_params, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
 
 
+@frozen
+class _Loaded:
+    """What a load gave, and what it took, in bytes."""
+
+    checkpoint: Any
+    moved: int
+    stored: int
+
+
 def _load(
+    place: URI, strategies: Sequence[Strategy], transport_params: Params, progress: Progress
+) -> _Loaded:
+    for strategy in strategies:
+        if not callable(strategy):
+            raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
+    try:
+        source, blocks = _open_source(place, transport_params)
+        checkpoint = _read_checkpoint(place, source, blocks, strategies, progress)
+        return _Loaded(checkpoint, sum(source.moved), source.size)
+    except _UnrangedError:
+        with _shown(place, None, progress) as notify:
+            data = _stream_whole(place, transport_params, notify)
+        checkpoint = _read_checkpoint(place, *_hold(place, data), strategies, progress=False)
+        return _Loaded(checkpoint, len(data), len(data))
+
+
+def _read_checkpoint(
     place: URI, source: _Source, blocks: _Blocks, strategies: Sequence[Strategy], progress: Progress
 ) -> Any:
-    """Load what a source holds, whichever of torch's formats it is in."""
+    """Read what a source holds, whichever of torch's formats it is in."""
     suffix = _compression(place)
     if suffix:
         source, blocks = _hold(place, _decompressed(place, _read_whole(source, progress), suffix))
@@ -1340,3 +1373,93 @@ def _looks_like(start: bytes) -> tuple[str, str]:
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
     return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"
+
+
+# ── install ───────────────────────────────────────────────────────────────────────────────────
+
+
+_IN_MEMORY = "a checkpoint in memory"
+
+
+def load_into(  # noqa: PLR0913 - by keyword
+    model: torch.nn.Module,
+    checkpoint: str | os.PathLike[str] | URI | Mapping[str, Any],
+    *strategies: Strategy,
+    strict: bool = False,
+    require: float = 0.0,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    transport_params: Params = None,
+    progress: Progress = None,
+) -> Report:
+    """Load a checkpoint's weights into a model, all or nothing, and report what was loaded.
+
+    Only what fits is moved. Tensors of the model keep their dtype and device, tied ones stay
+    tied; a model on the meta device gets its tensors on the CPU.
+
+    Args:
+        model: what to load into.
+        checkpoint: where it is, or a checkpoint (or state dict) that was loaded before.
+        strategies: as for `load`.
+        strict: nothing may be missing, unexpected or of another shape.
+        require: least share of the model's values that must be loaded, from 0 to 1.
+        optimizer: gets its state where the checkpoint has it; a list where there are several.
+        scheduler: likewise.
+        transport_params: as for `load`.
+        progress: as for `load`.
+
+    Raises:
+        MismatchError: shapes differ (that no strategy left out), nothing fits, or less than was
+            required. The model is as it was.
+        CheckpointError: as `load`.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> report = load_into(model, {"weight": torch.ones(1, 2), "extra": torch.ones(3)})
+    >>> report.loaded, report.missing, report.unexpected
+    (('weight',), ('bias',), ('extra',))
+    """
+    begun = time.perf_counter()
+    if not 0 <= require <= 1:
+        raise ValueError(f"require is a share from 0 to 1, not {require!r}")
+    receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
+    held = checkpoint if isinstance(checkpoint, Mapping) else None
+    place = LocalURI(_IN_MEMORY, "") if isinstance(checkpoint, Mapping) else parse_uri(checkpoint)
+    before: list[Before] = []
+
+    def begin(given: Any) -> Any:
+        before[:] = [look(given)]
+        return given
+
+    def end(given: Any) -> Any:
+        found = match(place.text, model, given, before[0], [w for w in receivers if receivers[w]])
+        check_enough(place.text, model, found, require, strict=strict)
+        return found
+
+    every = (begin, *strategies, end)
+    if held is None:
+        loaded = _load(place, every, transport_params, progress)
+    else:
+        loaded = _Loaded(_applied(place, every, held), 0, 0)
+    found: Match = loaded.checkpoint
+    restored = install(model, found, receivers)
+    absent = {*found.missing, *found.mismatched}
+    return Report(
+        place=place.text,
+        loaded=tuple(name for name in model.state_dict() if name not in absent),
+        missing=found.missing,
+        unexpected=found.unexpected,
+        mismatched=found.mismatched,
+        renamed=found.renamed,
+        restored=restored,
+        bytes_moved=loaded.moved,
+        bytes_stored=loaded.stored,
+        seconds=time.perf_counter() - begun,
+        rest=found.rest,
+    )
+
+
+load_into.takes_strategies = True  # type: ignore[attr-defined] # compose(f, partial(load_into, model))
+
+
+def _several(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else [] if given is None else [given]

@@ -636,7 +636,7 @@ def test_legacy_and_compressed_files_show_progress(tmp_path: Path) -> None:
 
 def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> None:
     uri, _ = stored
-    monkeypatch.setattr(anemoi_ckpt, "PART_BYTES", 100_000)
+    monkeypatch.setattr(anemoi_ckpt, "LONG_PART_BYTES", 100_000)
     monkeypatch.setattr(anemoi_ckpt.HTTPURI, "connections", 4)
 
     def interrupted(done: int, total: int | None) -> None:

@@ -1,0 +1,355 @@
+"""Putting weights into a model, all or nothing, and telling what became of them.
+
+Knows models and state dicts, and nothing of places.
+match · install · report
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from _ckpt_errors import MismatchError, redact
+
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape]]  # in the checkpoint, in the model
+
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module")  # in order of precedence
+_STATES = {  # as Lightning names them, and as training loops of one's own do
+    "optimizer": ("optimizer_states", "optimizer_state_dict", "optimizer"),
+    "scheduler": (
+        "lr_schedulers",
+        "lr_scheduler_state_dict",
+        "scheduler_state_dict",
+        "lr_scheduler",
+        "scheduler",
+    ),
+}
+_LISTED = 20  # names in a message; more than that nobody reads
+_LINES = 6  # of names under one heading of a report
+
+
+# ── match ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class Before:
+    """What a checkpoint's weights were before the strategies."""
+
+    shapes: Mapping[str, Shape | None]
+    names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
+
+
+@frozen
+class Match:
+    """What of a checkpoint goes into a model, and what does not."""
+
+    fitting: Mapping[str, Any]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Shapes
+    renamed: Mapping[str, str]
+    states: Mapping[str, Any]  # of optimizer and scheduler, where they are wanted
+    rest: Mapping[str, Any]
+
+
+def split(checkpoint: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+    """Give the state dict, wherever the checkpoint holds it, and what stands beside it."""
+    if isinstance(checkpoint, torch.nn.Module):
+        return checkpoint.state_dict(), {}
+    if not isinstance(checkpoint, Mapping):
+        return None, {}
+    for key in _WEIGHTS:
+        found, inner = split(checkpoint.get(key))
+        if found is not None:
+            rest = {name: value for name, value in checkpoint.items() if name != key}
+            return found, {**rest, key: inner} if inner else rest
+    if any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return checkpoint, {}
+    return None, dict(checkpoint)
+
+
+def look(checkpoint: Any) -> Before:
+    """Note names and shapes, to tell later what the strategies did with them."""
+    found, _ = split(checkpoint)
+    tensors = {name: t for name, t in (found or {}).items() if isinstance(t, torch.Tensor)}
+    # weakly: what the strategies drop must not count as needed
+    names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
+    return Before({name: _shape(tensor) for name, tensor in tensors.items()}, names)
+
+
+def match(
+    place: str, model: torch.nn.Module, checkpoint: Any, before: Before, wanted: Sequence[str]
+) -> Match:
+    """Compare what the strategies left with what the model has.
+
+    The states of optimizer and scheduler are kept where they are wanted, and nowhere else.
+
+    Raises:
+        MismatchError: a shape differs, or there are no weights at all.
+    """
+    found, rest = split(checkpoint)
+    if found is None:
+        raise MismatchError(
+            place,
+            f"the strategies left no weights, but {_listed(rest) or type(checkpoint).__name__}",
+            "let the last of them give a checkpoint or a state dict",
+        )
+    model_tensors = model.state_dict(keep_vars=True)
+    unfit = _differing({name: _shape(value) for name, value in found.items()}, model_tensors)
+    if unfit:
+        raise MismatchError(
+            place,
+            f"{len(unfit)} shapes differ: {_listed(_compared(unfit))}",
+            "load what fits with filter_shapes(model), or pad_or_slice(model) what does not",
+        )
+    fitting = {name: value for name, value in found.items() if name in model_tensors}
+    filled = {id(model_tensors[name]) for name in fitting}  # one of tied names fills all
+    absent = [name for name, value in model_tensors.items() if id(value) not in filled]
+    mismatched = _differing({name: before.shapes.get(name) for name in absent}, model_tensors)
+    renamed = _renamed(before, found)
+    states = {
+        what: value
+        for what, keys in _STATES.items()
+        if what in wanted and (value := next((rest[key] for key in keys if key in rest), None))
+    }
+    return Match(
+        fitting,
+        tuple(name for name in absent if name not in mismatched),
+        tuple(_unexpected(before, found, renamed, model_tensors)),
+        mismatched,
+        renamed,
+        states,
+        {
+            key: value
+            for key, value in rest.items()
+            if key not in itertools.chain(*_STATES.values())
+        },
+    )
+
+
+def _shape(value: Any) -> Shape | None:
+    """Give a tensor's shape, None where it has none yet (a lazy module's) or is no tensor."""
+    known = isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value)
+    return tuple(value.shape) if known else None
+
+
+def _differing(shapes: Mapping[str, Shape | None], model_tensors: Mapping[str, Any]) -> Shapes:
+    pairs = {n: (s, _shape(model_tensors[n])) for n, s in shapes.items() if n in model_tensors}
+    return {n: (a, b) for n, (a, b) in pairs.items() if a is not None and b is not None and a != b}
+
+
+def _renamed(before: Before, found: Mapping[str, Any]) -> dict[str, str]:
+    """Find tensors that were there under another name."""
+    renamed = {}
+    for name, value in found.items():
+        reference, old = before.names.get(id(value), (lambda: None, ""))
+        if name not in before.shapes and value is reference():
+            renamed[old] = name
+    return renamed
+
+
+def _unexpected(
+    before: Before, found: Mapping[str, Any], renamed: Mapping[str, str], model: Mapping[str, Any]
+) -> Iterable[str]:
+    """List names that the model does not have, also those that a strategy left out for that."""
+    origins = {*before.shapes, *renamed.values()}
+    dropped = before.shapes if origins.issuperset(found) else ()  # else none knows what was renamed
+    return [name for name in {**found, **dict.fromkeys(dropped)} if name not in {*model, *renamed}]
+
+
+# ── install ───────────────────────────────────────────────────────────────────────────────────
+
+
+def check_enough(
+    place: str, model: torch.nn.Module, found: Match, share: float, *, strict: bool
+) -> None:
+    """Refuse what fills too little of a model.
+
+    Raises:
+        MismatchError: nothing fits, less than the share of the model's values does, or (strict)
+            anything is missing, unexpected or mismatched.
+    """
+    wrong = {
+        "missing": found.missing,
+        "unexpected": found.unexpected,
+        "of another shape": _compared(found.mismatched),
+    }
+    said = "; ".join(f"{len(v)} {kind}: {_listed(v)}" for kind, v in wrong.items() if v)
+    if strict and said:
+        raise MismatchError(place, said, "leave out strict=True to load what fits")
+    sizes = {name: _values(value) for name, value in model.state_dict(keep_vars=True).items()}
+    absent = {*found.missing, *found.mismatched}
+    filled = sum(size for name, size in sizes.items() if name not in absent)
+    total = sum(sizes.values())
+    if not found.fitting or filled < share * total:
+        raise MismatchError(
+            place,
+            f"only {filled:,} of the model's {total:,} values would be loaded ({said})",
+            "compare the names; strip_prefix, add_prefix and rename change them",
+        )
+
+
+def _values(value: Any) -> int:
+    return value.numel() if _shape(value) is not None else 0
+
+
+def install(
+    model: torch.nn.Module, found: Match, receivers: Mapping[str, Sequence[Any]]
+) -> tuple[str, ...]:
+    """Give the model its weights, and optimizers and schedulers their states; tell which got one.
+
+    Tensors with memory are copied into, in their own dtype and on their own device; those on meta
+    are replaced, in their own dtype. If a state is refused, nothing has changed.
+    """
+    before = [(one, copy.deepcopy(one.state_dict())) for all_ in receivers.values() for one in all_]
+    restored = []
+    try:
+        for what, targets in receivers.items():
+            states = found.states.get(what)
+            each = states if isinstance(states, list) else [states]
+            if states is not None and targets:
+                for target, state in zip(targets, each, strict=True):
+                    target.load_state_dict(copy.deepcopy(state))
+                restored.append(what)
+    except BaseException:
+        for target, state in before:
+            target.load_state_dict(state)
+        raise
+    _fill(model, found.fitting)
+    return tuple(restored)
+
+
+def _fill(model: torch.nn.Module, fitting: Mapping[str, Any]) -> None:
+    tied = _tied(model)
+    hollow = {
+        name: fitting[name].to(value.dtype)
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in fitting and isinstance(value, torch.Tensor) and value.is_meta
+    }
+    real = {name: value for name, value in fitting.items() if name not in hollow}
+    model.load_state_dict(real, strict=False)
+    if not hollow:
+        return
+    model.load_state_dict(hollow, strict=False, assign=True)
+    for names in tied:
+        filled = next((name for name in names if name in hollow), None)
+        if filled:
+            owner, _, attribute = filled.rpartition(".")
+            value = getattr(model.get_submodule(owner), attribute)
+            for name in names:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, value)
+
+
+def _tied(model: torch.nn.Module) -> list[list[str]]:
+    """List the names that share one parameter or buffer."""
+    names: dict[int, list[str]] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, value in itertools.chain(parameters, model.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(value), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+# ── report ────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen(repr=False, eq=False)
+class Report:
+    """What `load_into` loaded, and what it did not. Prints as a table, in notebooks, too."""
+
+    place: str
+    loaded: tuple[str, ...]  # names in the model
+    missing: tuple[str, ...]  # in the model, not in the checkpoint
+    unexpected: tuple[str, ...]  # in the checkpoint, not in the model
+    mismatched: Shapes  # name: shape in the checkpoint, shape in the model
+    renamed: Mapping[str, str]  # name in the checkpoint: name in the model
+    restored: tuple[str, ...]  # "optimizer", "scheduler"
+    bytes_moved: int
+    bytes_stored: int
+    seconds: float
+    rest: Mapping[str, Any]  # what the checkpoint held beside the weights
+
+    def __repr__(self) -> str:
+        """Show the table."""
+        rows = self._rows()
+        width = max(len(heading) for heading, _ in rows)
+        return "\n".join(f"{heading:<{width}}  {line}".rstrip() for heading, line in rows)
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(heading)}</th>"
+            f"<td style='text-align:left'><code>{html.escape(line)}</code></td></tr>"
+            for heading, line in self._rows()
+        )
+        return f"<table>{cells}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
+        rows = [
+            ("checkpoint", redact(self.place)),
+            ("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"),
+        ]
+        sections: dict[str, Sequence[str]] = {
+            "loaded": folded(self.loaded),
+            "missing": folded(self.missing),
+            "unexpected": folded(self.unexpected),
+            "mismatched": _compared(self.mismatched),
+            "renamed": folded([f"{old} → {new}" for old, new in self.renamed.items()]),
+            "restored": self.restored,
+        }
+        for heading, lines in sections.items():
+            count = len(getattr(self, heading))
+            shown = [
+                *lines[:_LINES],
+                *([f"… and {len(lines) - _LINES} more"] * (len(lines) > _LINES)),
+            ]
+            first, *others = shown or [""]
+            rows += [(f"{heading} {count}", first), *(("", line) for line in others)]
+        return [*rows, ("rest", ", ".join(map(str, self.rest)))]
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Fold runs of names that differ in one number alone.
+
+    >>> folded([f"layers.{i}.{kind}" for i in range(24) for kind in ("weight", "bias")])
+    ['layers.{0…23}.weight', 'layers.{0…23}.bias']
+    """
+    rows = [tuple(name.split(".")) for name in names]
+    for place in range(max(map(len, rows), default=0)):
+        runs: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for row in rows:
+            numbered = place < len(row) and row[place].isdecimal()
+            around = (row[:place], row[place + 1 :]) if numbered else (row, ())
+            runs.setdefault(around, []).append(row[place] if numbered else "")
+        rows = [
+            (*start, *_run(numbers), *end) if numbers[0] else start
+            for (start, end), numbers in runs.items()
+        ]
+    return [".".join(row) for row in rows]
+
+
+def _run(numbers: Sequence[str]) -> Sequence[str]:
+    first, last = int(numbers[0]), int(numbers[-1])
+    if len(numbers) == 1:
+        return numbers
+    consecutive = [int(number) for number in numbers] == list(range(first, last + 1))
+    return [f"{{{first}…{last}}}" if consecutive else f"{{{','.join(numbers)}}}"]
+
+
+def _compared(shapes: Shapes) -> list[str]:
+    return [f"{name} {a} in the checkpoint, {b} in the model" for name, (a, b) in shapes.items()]
+
+
+def _listed(names: Iterable[str]) -> str:
+    lines = folded(names)
+    more = f", … and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+    return ", ".join(lines[:_LISTED]) + more
