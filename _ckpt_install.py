@@ -56,7 +56,7 @@ class Match:
     unexpected: tuple[str, ...]
     mismatched: Shapes
     renamed: Mapping[str, str]
-    states: Mapping[str, Any]  # of optimizer and scheduler, where they are wanted
+    states: Mapping[str, Sequence[Any]]  # of optimizers and schedulers
     rest: Mapping[str, Any]
 
 
@@ -86,14 +86,18 @@ def look(checkpoint: Any) -> Before:
 
 
 def match(
-    place: str, model: torch.nn.Module, checkpoint: Any, before: Before, wanted: Sequence[str]
+    place: str,
+    model: torch.nn.Module,
+    checkpoint: Any,
+    before: Before,
+    receivers: Mapping[str, Sequence[Any]],
 ) -> Match:
     """Compare what the strategies left with what the model has.
 
-    The states of optimizer and scheduler are kept where they are wanted, and nowhere else.
+    The states of optimizers and schedulers are kept where there is one to receive them.
 
     Raises:
-        MismatchError: a shape differs, or there are no weights at all.
+        MismatchError: a shape differs, there are no weights at all, or another number of states.
     """
     found, rest = split(checkpoint)
     if found is None:
@@ -115,24 +119,32 @@ def match(
     absent = [name for name, value in model_tensors.items() if id(value) not in filled]
     mismatched = _differing({name: before.shapes.get(name) for name in absent}, model_tensors)
     renamed = _renamed(before, found)
-    states = {
-        what: value
-        for what, keys in _STATES.items()
-        if what in wanted and (value := next((rest[key] for key in keys if key in rest), None))
-    }
     return Match(
         fitting,
         tuple(name for name in absent if name not in mismatched),
         tuple(_unexpected(before, found, renamed, model_tensors)),
         mismatched,
         renamed,
-        states,
+        {what: _states(place, rest, what, len(them)) for what, them in receivers.items() if them},
         {
             key: value
             for key, value in rest.items()
             if key not in itertools.chain(*_STATES.values())
         },
     )
+
+
+def _states(place: str, rest: Mapping[str, Any], what: str, count: int) -> Sequence[Any]:
+    """Find the states for so many receivers; none if the checkpoint has none."""
+    found: Any = next((rest[key] for key in _STATES[what] if rest.get(key)), [])
+    states = found if isinstance(found, list) else [found]
+    if states and len(states) != count:
+        raise MismatchError(
+            place,
+            f"it holds the states of {len(states)} {what}s, and {count} would take one",
+            f"give as many, as a list: {what}=[…]",
+        )
+    return states
 
 
 def _shape(value: Any) -> Shape | None:
@@ -209,22 +221,21 @@ def install(
     Tensors with memory are copied into, in their own dtype and on their own device; those on meta
     are replaced, in their own dtype. If a state is refused, nothing has changed.
     """
-    before = [(one, copy.deepcopy(one.state_dict())) for all_ in receivers.values() for one in all_]
-    restored = []
+    pairs = [
+        (receiver, state)
+        for what, states in found.states.items()
+        for receiver, state in zip(receivers[what], states, strict=False)  # none, or as many
+    ]
+    before = [(receiver, copy.deepcopy(receiver.state_dict())) for receiver, _ in pairs]
     try:
-        for what, targets in receivers.items():
-            states = found.states.get(what)
-            each = states if isinstance(states, list) else [states]
-            if states is not None and targets:
-                for target, state in zip(targets, each, strict=True):
-                    target.load_state_dict(copy.deepcopy(state))
-                restored.append(what)
+        for receiver, state in pairs:
+            receiver.load_state_dict(copy.deepcopy(state))
     except BaseException:
-        for target, state in before:
-            target.load_state_dict(state)
+        for receiver, state in before:
+            receiver.load_state_dict(state)
         raise
     _fill(model, found.fitting)
-    return tuple(restored)
+    return tuple(what for what, states in found.states.items() if states)
 
 
 def _fill(model: torch.nn.Module, fitting: Mapping[str, Any]) -> None:
@@ -303,7 +314,7 @@ class Report:
             "missing": folded(self.missing),
             "unexpected": folded(self.unexpected),
             "mismatched": _compared(self.mismatched),
-            "renamed": folded([f"{old} → {new}" for old, new in self.renamed.items()]),
+            "renamed": _arrows(self.renamed),
             "restored": self.restored,
         }
         for heading, lines in sections.items():
@@ -335,6 +346,12 @@ def folded(names: Iterable[str]) -> list[str]:
             for (start, end), numbers in runs.items()
         ]
     return [".".join(row) for row in rows]
+
+
+def _arrows(renamed: Mapping[str, str]) -> list[str]:
+    old, new = folded(renamed), folded(renamed.values())
+    pairs = zip(old, new, strict=True) if len(old) == len(new) else renamed.items()
+    return [f"{before} → {after}" for before, after in pairs]
 
 
 def _run(numbers: Sequence[str]) -> Sequence[str]:

@@ -1431,7 +1431,7 @@ def load_into(  # noqa: PLR0913 - by keyword
         return given
 
     def end(given: Any) -> Any:
-        found = match(place.text, model, given, before[0], [w for w in receivers if receivers[w]])
+        found = match(place.text, model, given, before[0], receivers)
         check_enough(place.text, model, found, require, strict=strict)
         return found
 

@@ -24,7 +24,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(?:<!-- test: (\w+) -->\n)?```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["anemoi_ckpt", "strategies", "_ckpt_archive", "_ckpt_errors"])
+@pytest.mark.parametrize(
+    "name", ["anemoi_ckpt", "strategies", "_ckpt_archive", "_ckpt_errors", "_ckpt_install"]
+)
 def test_docstrings(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__

@@ -517,6 +517,17 @@ def test_headers_and_a_session_of_ones_own(http_server: servers.HTTPServer) -> N
         assert request.headers["X-From"] == "session"
 
 
+def test_a_reply_that_has_no_socket_and_one_that_is_longer_than_asked(http_server) -> None:
+    import requests
+
+    buffer = bytearray(3)
+    anemoi_ckpt._read_socket(io.BytesIO(b"abcdef"), Buffers(buffer))
+    assert buffer == b"abc"
+    with requests.get(http_server.put("a", b"xyzxyz"), stream=True, timeout=5) as reply:
+        anemoi_ckpt._read_socket(reply.raw, Buffers(buffer))
+        assert buffer == b"xyz"
+
+
 def test_a_url_presigned_for_get_alone(http_server: servers.HTTPServer) -> None:
     http_server.head_status = 403
     assert load(http_server.put("a.ckpt", as_bytes({"a": 1}))) == {"a": 1}

@@ -1,0 +1,429 @@
+"""`load_into`: what goes into a model, what does not, and what is said of it."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import servers
+from _ckpt_install import folded
+from anemoi_ckpt import CorruptError, MismatchError, Report, load, load_into
+from checkpoints import as_bytes, assert_same, lightning_checkpoint
+from strategies import compose, drop_optimizer, weights
+
+
+class Tied(nn.Module):
+    """Two names for one parameter, a buffer, and a part of its own."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, width)
+        self.decoder = nn.Linear(4, width)
+        self.decoder.weight = self.encoder.weight
+        self.register_buffer("mean", torch.zeros(4))
+
+
+def train(model: nn.Module, steps: int = 2) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((p**2).sum() for p in model.parameters()).backward()
+        optimizer.step()
+        scheduler.step()
+    return optimizer, scheduler
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, Any]:
+    model = Tied()
+    model.mean += 7
+    optimizer, scheduler = train(model)
+    return {
+        "epoch": 3,
+        "state_dict": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [scheduler.state_dict()],
+        "hyper_parameters": {"width": 3},
+    }
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# ── what goes in ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_weights_go_into_a_model_from_all_places(place, checkpoint, tmp_path: Path) -> None:
+    model = Tied()
+    data = as_bytes(checkpoint)
+    uri = place.put("a.ckpt", data)
+    report = load_into(model, uri)
+    assert_same(dict(model.state_dict()), dict(checkpoint["state_dict"]))
+    assert report.place == uri
+    assert report.loaded == tuple(model.state_dict())
+    assert (report.missing, report.unexpected, report.restored) == ((), (), ())
+    assert (dict(report.mismatched), dict(report.renamed)) == ({}, {})
+    assert report.rest == {"epoch": 3, "hyper_parameters": {"width": 3}}
+    assert report.bytes_stored == len(data)
+    assert 0 < report.bytes_moved <= 3 * len(data)  # a small file is its first and last block, too
+    assert report.seconds > 0
+
+
+def test_only_what_fits_is_moved(http_server: servers.HTTPServer) -> None:
+    state = {f"{i}.weight": torch.randn(500, 500) for i in range(10)}
+    moments = {i: {"exp_avg": t + 1} for i, t in enumerate(state.values())}
+    uri = http_server.put("a.ckpt", as_bytes({"state_dict": state, "optimizer_states": [moments]}))
+    model = nn.Sequential(*(nn.Linear(500, 500, bias=False) for _ in range(3)))
+    report = load_into(model, uri)
+    assert report.bytes_moved == http_server.bytes_sent < 3 * 1e6 * 1.02 + 1024**2
+    assert report.unexpected == tuple(f"{i}.weight" for i in range(3, 10))
+    assert torch.equal(model[2].weight, state["2.weight"])
+
+
+def test_a_server_without_ranges_moves_all(http_server, checkpoint) -> None:
+    data = as_bytes(checkpoint)
+    http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    report = load_into(Tied(), http_server.put("a.ckpt", data))
+    assert (report.bytes_moved, report.bytes_stored) == (len(data), len(data))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_keeps_dtypes_and_ties_and_gradients(checkpoint, device, dtype) -> None:
+    with torch.device(device):
+        model = Tied().to(dtype)
+    model.decoder.bias.requires_grad_(False)
+    parameter = model.encoder.weight
+    load_into(model, checkpoint)
+    assert model.encoder.weight is model.decoder.weight
+    assert (model.encoder.weight is parameter) == (device == "cpu")
+    assert not model.decoder.bias.requires_grad
+    assert model.encoder.weight.requires_grad
+    for name, tensor in model.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, checkpoint["state_dict"][name].to(dtype))
+
+
+def test_a_model_that_is_half_on_meta(checkpoint) -> None:
+    model = Tied()
+    model.decoder.bias = nn.Parameter(torch.empty(3, device="meta"))
+    load_into(model, checkpoint)
+    assert_same(dict(model.state_dict()), dict(checkpoint["state_dict"]))
+
+
+def test_one_of_tied_names_fills_both(checkpoint) -> None:
+    del checkpoint["state_dict"]["decoder.weight"]
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = Tied()
+        report = load_into(model, checkpoint)
+        assert report.missing == ()
+        assert torch.equal(model.decoder.weight, checkpoint["state_dict"]["encoder.weight"])
+
+
+def test_lazy_modules_and_extra_state() -> None:
+    class Counting(nn.Linear):
+        count = 0
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"count": self.count}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.count = state["count"]
+
+    source = Counting(4, 3)
+    source.count = 5
+    model = Counting(4, 3)
+    load_into(model, source.state_dict())
+    assert model.count == 5
+    lazy = nn.LazyLinear(3)
+    report = load_into(lazy, nn.Linear(4, 3).state_dict(), require=1.0)
+    assert lazy.weight.shape == (3, 4)
+    assert report.loaded == ("weight", "bias")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: s, lambda s: {"model": s}, lambda s: {"a": {}, "model": {"state_dict": s, "n": 1}}],
+)
+def test_weights_are_found_wherever_they_are(wrap) -> None:
+    source, model = nn.Linear(4, 3), nn.Linear(4, 3)
+    report = load_into(model, wrap(source.state_dict()))
+    assert_same(dict(model.state_dict()), dict(source.state_dict()))
+    assert report.rest in ({}, {"a": {}, "model": {"n": 1}})
+
+
+def test_a_whole_module_as_a_checkpoint() -> None:
+    source, model = nn.Linear(4, 3), nn.Linear(4, 3)
+    load_into(model, {"model": source})
+    assert torch.equal(model.weight, source.weight)
+
+
+def test_compose_with_a_model_bound(checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(as_bytes(checkpoint))
+    report = compose(drop_optimizer, functools.partial(load_into, Tied()))(tmp_path / "a.ckpt")
+    assert isinstance(report, Report)
+    assert len(report.loaded) == 5
+
+
+# ── optimizers and schedulers ─────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("form", ["lightning", "own", "objects in lists"])
+def test_optimizer_and_scheduler_take_their_states(checkpoint, form: str) -> None:
+    if form == "own":
+        checkpoint["optimizer_state_dict"] = checkpoint.pop("optimizer_states")[0]
+        checkpoint["scheduler_state_dict"] = checkpoint.pop("lr_schedulers")[0]
+    model = Tied()
+    optimizer, scheduler = train(model, 1)
+    lists = form == "objects in lists"
+    report = load_into(
+        model,
+        checkpoint,
+        optimizer=[optimizer] if lists else optimizer,
+        scheduler=(scheduler,) if lists else scheduler,
+    )
+    assert report.restored == ("optimizer", "scheduler")
+    expected = checkpoint.get("optimizer_state_dict") or checkpoint["optimizer_states"][0]
+    assert_same(optimizer.state_dict()["state"], expected["state"])
+    assert scheduler.last_epoch == 2
+    assert list(report.rest) == ["epoch", "hyper_parameters"]
+
+
+def test_states_that_are_not_there_are_not_restored(checkpoint) -> None:
+    model = Tied()
+    optimizer, _ = train(model, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    report = load_into(model, checkpoint, drop_optimizer, optimizer=optimizer)
+    assert report.restored == ()
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_a_refused_state_changes_nothing(checkpoint) -> None:
+    model = Tied()
+    optimizer, scheduler = train(model, 1)
+    before = snapshot(model), copy.deepcopy(optimizer.state_dict())
+    checkpoint["lr_schedulers"] *= 2
+    with pytest.raises(MismatchError, match="states of 2 schedulers, and 1 would take one; give a"):
+        load_into(model, checkpoint, optimizer=optimizer, scheduler=scheduler)
+    other = torch.optim.AdamW([torch.ones(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        load_into(
+            model,
+            {**checkpoint, "optimizer_states": checkpoint["optimizer_states"] * 2},
+            optimizer=[optimizer, other],
+        )
+    assert_same(optimizer.state_dict(), before[1])
+    assert_same(snapshot(model), before[0])
+
+
+# ── all or nothing ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    source = nn.Linear(100, 100)
+    data = bytearray(as_bytes({"state_dict": source.state_dict()}))
+    data[data.index(source.bias.detach().numpy().tobytes()[:40]) + 20] ^= 1
+    (tmp_path / "a.ckpt").write_bytes(data)
+    model = nn.Linear(100, 100)
+    before = snapshot(model)
+    with pytest.raises(CorruptError):
+        load_into(model, tmp_path / "a.ckpt")
+    assert_same(snapshot(model), before)
+
+
+def test_shapes_that_differ_are_an_error_that_shows_them(http_server, checkpoint) -> None:
+    checkpoint["state_dict"]["large"] = torch.zeros(10**6)
+    model = Tied(5)
+    before = snapshot(model)
+    uri = http_server.put("a.ckpt", as_bytes(checkpoint))
+    with pytest.raises(MismatchError) as caught:
+        load_into(model, uri)
+    said = str(caught.value)
+    assert said.startswith(
+        f"{uri}: 4 shapes differ: encoder.weight (3, 4) in the checkpoint, (5, 4)"
+    )
+    assert "load what fits with filter_shapes(model)" in said
+    assert_same(snapshot(model), before)
+    assert http_server.bytes_sent < 10**6  # told before anything was fetched
+
+
+def test_shapes_that_a_strategy_left_out_are_reported(checkpoint) -> None:
+    model = Tied(5)
+    report = load_into(model, checkpoint, lambda c: {"mean": weights(c)["mean"]})
+    assert report.loaded == ("mean",)
+    assert report.mismatched["encoder.weight"] == ((3, 4), (5, 4))
+    assert report.missing == ()
+
+
+def test_missing_unexpected_and_strict(checkpoint) -> None:
+    state = checkpoint["state_dict"]
+    state["head.weight"] = torch.ones(2)
+    del state["mean"]
+    report = load_into(Tied(), checkpoint)
+    assert (report.missing, report.unexpected) == (("mean",), ("head.weight",))
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(MismatchError, match=r"1 missing: mean; 1 unexpected: head\.weight; leave"):
+        load_into(model, checkpoint, strict=True)
+    assert_same(snapshot(model), before)
+    del state["head.weight"]
+    state["mean"] = torch.ones(4)
+    assert load_into(model, checkpoint, strict=True).missing == ()
+
+
+def test_a_load_that_puts_in_nothing_or_too_little_is_an_error(checkpoint) -> None:
+    model = Tied()
+    with pytest.raises(MismatchError, match=r"only 0 of the model's 34 values .*strip_prefix"):
+        load_into(model, {f"net.{k}": t for k, t in checkpoint["state_dict"].items()})
+    only = {"encoder.bias": torch.ones(3)}
+    with pytest.raises(MismatchError, match="only 3 of the model's 34 values"):
+        load_into(model, only, require=0.9)
+    assert load_into(model, only, require=0.05).loaded == ("encoder.bias",)
+    with pytest.raises(ValueError, match="share from 0 to 1, not 90"):
+        load_into(model, only, require=90)
+    with pytest.raises(MismatchError, match="the strategies left no weights, but epoch"):
+        load_into(model, checkpoint, lambda c: {"epoch": c["epoch"]})
+    with pytest.raises(MismatchError, match="the strategies left no weights, but int"):
+        load_into(model, checkpoint, lambda c: c["epoch"])
+
+
+# ── the report ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_renamed_weights_are_told(checkpoint) -> None:
+    state = {f"model.{k}": t for k, t in checkpoint["state_dict"].items()}
+    report = load_into(
+        Tied(),
+        {"state_dict": {**state, "model.extra": torch.ones(1)}},
+        lambda c: {k.removeprefix("model."): t for k, t in weights(c).items()},
+    )
+    assert report.renamed["model.encoder.bias"] == "encoder.bias"
+    assert report.unexpected == ("extra",)
+    cast = load_into(
+        Tied(),
+        {"state_dict": {**state, "model.extra": torch.ones(1)}},
+        lambda c: {k.removeprefix("model."): t.double() for k, t in weights(c).items()},
+    )
+    assert cast.renamed == {}  # new tensors: nobody knows where they are from
+    assert cast.unexpected == ("extra",)
+
+
+def test_a_report_is_a_short_table() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)), nn.Linear(2, 3))
+    state = {f"model.{k}": t for k, t in model.state_dict().items()}
+    state |= {"model.12.weight": torch.ones(7, 2), "epoch_head": torch.ones(1)}
+    del state["model.3.bias"]
+
+    def fit(checkpoint: Any) -> Any:
+        names = {k: k.removeprefix("model.") for k in checkpoint["state_dict"]}
+        found = {names[k]: t for k, t in checkpoint["state_dict"].items()}
+        return {**checkpoint, "state_dict": {k: t for k, t in found.items() if k != "12.weight"}}
+
+    report = load_into(model, {"state_dict": state, "epoch": 3, "global_step": 7}, fit)
+    assert repr(report).splitlines() == [
+        "checkpoint    a checkpoint in memory",
+        repr(report).splitlines()[1],
+        "loaded 24     {0…11}.weight",
+        "              {0,1,2,4,5,6,7,8,9,10,11,12}.bias",
+        "missing 2     3.bias",
+        "              12.weight",
+        "unexpected 2  epoch_head",
+        "              model.12.weight",
+        "mismatched 0",
+        "renamed 24    model.{0…11}.weight → {0…11}.weight",
+        "              model.{0,1,2,4,5,6,7,8,9,10,11,12}.bias → {0,1,2,4,5,6,7,8,9,10,11,12}.bias",
+        "restored 0",
+        "rest          epoch, global_step",
+    ]
+    assert repr(report).splitlines()[1].startswith("moved         0.0 of 0.0 MB in ")
+    shown = report._repr_html_()
+    assert shown.startswith("<table><tr><th")
+    assert "<code>{0…11}.weight</code>" in shown
+
+
+def test_long_lists_are_cut(checkpoint) -> None:
+    report = load_into(
+        nn.Linear(2, 2), {"bias": torch.ones(2), **{c * 3: torch.ones(1) for c in "abcdefghij"}}
+    )
+    assert "… and 4 more" in repr(report)
+    with pytest.raises(MismatchError, match="… and 5 more"):
+        load_into(nn.Linear(2, 2), {chr(97 + i) * 3: torch.ones(1) for i in range(25)})
+
+
+def test_folding() -> None:
+    assert folded([]) == []
+    assert folded(["a.0.b.0.w", "a.0.b.1.w", "a.1.b.0.w", "a.1.b.1.w"]) == ["a.{0…1}.b.{0…1}.w"]
+    assert folded(["a.3", "a.7", "b", "a.x"]) == ["a.{3,7}", "b", "a.x"]
+
+
+# ── a real warm start ─────────────────────────────────────────────────────────────────────────
+
+
+def trainer_and_net(epochs: int, resume: Path | None) -> tuple[Any, Any, Any]:
+    import lightning
+
+    class Net(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0 if resume is None else 99)
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.net(batch[0]) - batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            if resume is not None:
+                report = load_into(self, resume, optimizer=optimizer, scheduler=scheduler)
+                assert report.restored == ("optimizer", "scheduler")
+                assert report.rest["epoch"] == 2
+            return [optimizer], [scheduler]
+
+    samples = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(samples), batch_size=8)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, Net(), loader
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_warm_start_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer, uninterrupted, loader = trainer_and_net(4, None)
+    trainer.fit(uninterrupted, loader)
+    trainer, first, loader = trainer_and_net(2, None)
+    trainer.fit(first, loader)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert not torch.equal(first.net[0].weight, uninterrupted.net[0].weight)
+    trainer, second, loader = trainer_and_net(2, tmp_path / "last.ckpt")
+    trainer.fit(second, loader)
+    assert_same(dict(second.state_dict()), dict(uninterrupted.state_dict()))
+
+
+def test_a_real_lightning_checkpoint_into_its_model(place, tmp_path: Path) -> None:
+    path = lightning_checkpoint(tmp_path)
+    state = load(path, weights)
+    model = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512))
+    report = load_into(
+        model,
+        place.put("last.ckpt", path.read_bytes()),
+        lambda c: {k.removeprefix("model."): t for k, t in weights(c).items()},
+        strict=True,
+    )
+    assert report.missing == report.unexpected == ()
+    assert torch.equal(model[3].weight, state["model.3.weight"])
+    assert report.bytes_moved < 0.4 * report.bytes_stored
