@@ -1020,10 +1020,11 @@ def _stream_whole(uri: URI, transport_params: Params, notify: Notify) -> bytearr
 def _wait(attempt: int, problem: UnreachableError) -> None:
     """Wait before the next attempt: twice as long each time, or as long as the server asks for."""
     if attempt >= ATTEMPTS:
+        problem.add_note(f"after {ATTEMPTS} attempts that brought nothing")
         raise problem
     log.info("attempt %d of %d failed: %s", attempt, ATTEMPTS, problem)
     jitter = random.uniform(0.05, 0.1)  # noqa: S311 - so that ranks do not return all at once
-    time.sleep(max(problem.retry_after, jitter * 2**attempt))
+    time.sleep(max(min(problem.retry_after, TIMEOUT_SECONDS), jitter * 2**attempt))
 
 
 def _read_whole(source: _Source, progress: Progress) -> bytearray:
@@ -1105,7 +1106,7 @@ def _in_parallel(tasks: Sequence[Callable[[], Any]], connections: int) -> None:
     if len(tasks) == 1:
         tasks[0]()
         return
-    pool = ThreadPoolExecutor(min(connections, max(1, len(tasks))), "anemoi-ckpt")
+    pool = ThreadPoolExecutor(connections, "anemoi-ckpt")
     try:
         for future in as_completed([pool.submit(task) for task in tasks]):
             future.result()

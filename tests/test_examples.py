@@ -1,5 +1,6 @@
 """What README, docstrings and examples show is true."""
 
+import copy
 import doctest
 import importlib
 import re
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import hydra
+import omegaconf
 import pytest
 import requests
 import torch
 
 import anemoi_ckpt
 import servers
+import strategies
 from anemoi_ckpt import CheckpointNotFoundError, load
 from checkpoints import as_bytes, assert_same
 from sftp import sftp_server
@@ -44,30 +48,62 @@ def test_readme(s3_store, http_server: servers.HTTPServer, monkeypatch) -> None:
     for variable, value in s3_store.environment.items():
         monkeypatch.setenv(variable, value)
     s3_store.server.reset()
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
-    state = {f"encoder.{k}": t for k, t in model.state_dict().items()}
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 4), "head": torch.nn.Linear(4, 1)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    scheduler.step()
     checkpoint = {
-        "state_dict": {"head.weight": torch.ones(3), **state},
-        "optimizer_states": [torch.zeros(9)],
+        "state_dict": dict(copy.deepcopy(model).state_dict()),
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [scheduler.state_dict()],
+        "epoch": 3,
     }
     s3_store.sdk.create_bucket(Bucket="bucket")
     for key in ("run/last.ckpt", "last.ckpt"):
         s3_store.sdk.put_object(Bucket="bucket", Key=key, Body=as_bytes(checkpoint))
-    http_server.put("last.ckpt", as_bytes(checkpoint))
+    for name in ("last.ckpt", "pretrained.ckpt"):
+        http_server.put(name, as_bytes(checkpoint))
     scope: dict[str, Any] = {
         "boto3": boto3,
         "session": requests.Session(),
         "token": "t",
         "uri": "s3://bucket/last.ckpt",
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
     }
+    exec("from strategies import warm_start", scope)
     for mark, block in BLOCKS:
         if not mark:
             exec(block.replace("https://host", http_server.url), scope)
-    assert_same(scope["checkpoint"], {"state_dict": checkpoint["state_dict"]})
+    assert_same(scope["checkpoint"], {"state_dict": checkpoint["state_dict"], "epoch": 3})
     assert_same(scope["state_dict"], checkpoint["state_dict"])
     assert_same(scope["last"], checkpoint["state_dict"]["head.weight"])
     assert {t.dtype for t in scope["half"].values()} == {torch.float16}
-    assert list(scope["encoder"]) == list(state)
+    assert list(scope["encoder"]) == ["encoder.weight", "encoder.bias"]
+    assert scope["report"].restored == ("optimizer", "scheduler")
+
+
+def test_readme_hydra(s3_store, monkeypatch) -> None:
+    for variable, value in s3_store.environment.items():
+        monkeypatch.setenv(variable, value)
+    s3_store.server.reset()
+    state = {"encoder.w": torch.ones(3), "decoder.w": torch.ones(4)}
+    checkpoint = {"epoch": 3, "state_dict": state, "optimizer_states": [torch.ones(9)]}
+    s3_store.sdk.create_bucket(Bucket="bucket")
+    s3_store.sdk.put_object(Bucket="bucket", Key="run/last.ckpt", Body=as_bytes(checkpoint))
+    first, second = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    result = hydra.utils.instantiate(omegaconf.OmegaConf.create(first))
+    assert_same(result, {"epoch": 3, "state_dict": {"encoder.w": torch.ones(3)}})
+    strategy = hydra.utils.instantiate(omegaconf.OmegaConf.create(second))({"decoder.w": torch.zeros(4)})
+    assert strategy(checkpoint)["state_dict"].keys() == {"decoder.w"}
+
+
+def test_readme_names_every_strategy() -> None:
+    assert [name for name in strategies.__all__ if f"`{name}" not in README] == []
 
 
 def test_readme_place_of_ones_own(tmp_path: Path) -> None:
