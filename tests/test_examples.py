@@ -98,7 +98,9 @@ def test_readme_hydra(s3_store, monkeypatch) -> None:
     first, second = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     result = hydra.utils.instantiate(omegaconf.OmegaConf.create(first))
     assert_same(result, {"epoch": 3, "state_dict": {"encoder.w": torch.ones(3)}})
-    strategy = hydra.utils.instantiate(omegaconf.OmegaConf.create(second))({"decoder.w": torch.zeros(4)})
+    strategy = hydra.utils.instantiate(omegaconf.OmegaConf.create(second))(
+        {"decoder.w": torch.zeros(4)}
+    )
     assert strategy(checkpoint)["state_dict"].keys() == {"decoder.w"}
 
 
