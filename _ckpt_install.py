@@ -305,10 +305,9 @@ class Report:
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
-        rows = [
-            ("checkpoint", redact(self.place)),
-            ("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"),
-        ]
+        rows = [("checkpoint", redact(self.place))]
+        if stored:  # else it was in memory
+            rows.append(("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"))
         sections: dict[str, Sequence[str]] = {
             "loaded": folded(self.loaded),
             "missing": folded(self.missing),

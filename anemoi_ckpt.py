@@ -7,7 +7,7 @@ Read from top to bottom, this file is the way a checkpoint takes::
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
 
-places · streams · ranges · sources · fetch · load · install
+places · streams · ranges · sources · fetch · load · keep · install
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ __all__ = [
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
+    "download",
     "load",
     "load_into",
     "open_stream",
@@ -132,9 +133,18 @@ class URI:
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
 
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(self.text)
+
     def __str__(self) -> str:
         """Give back the text as it was written."""
         return self.text
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 @frozen
@@ -146,6 +156,11 @@ class LocalURI(URI):
     connections: ClassVar[int] = min(4, os.cpu_count() or 1)  # threads that copy
     credentials: ClassVar[str] = "make the file readable for the user who runs this"
 
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(self.path)
+
 
 @frozen
 class HTTPURI(URI):
@@ -156,6 +171,11 @@ class HTTPURI(URI):
         "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
         "ask for a new one if the URL is a signed one that has expired"
     )
+
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(urllib.parse.unquote(urllib.parse.urlsplit(self.text).path))
 
 
 @frozen
@@ -172,6 +192,11 @@ class S3URI(URI):
         "for a store that is not Amazon's), or give transport_params={'client': …}"
     )
 
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(self.key)
+
 
 @frozen
 class GCSURI(URI):
@@ -186,6 +211,11 @@ class GCSURI(URI):
         "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS, "
         "or give transport_params={'client': …}"
     )
+
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(self.name)
 
 
 @frozen
@@ -202,6 +232,11 @@ class AzureURI(URI):
         "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or "
         "AZURE_STORAGE_SAS_TOKEN, or install azure-identity and run `az login`"
     )
+
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return _last_part(self.blob)
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
@@ -1060,9 +1095,8 @@ def _shown(uri: URI, total: int | None, progress: Progress) -> Iterator[Notify]:
     elif progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
         from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
 
-        name = redact(uri.text).rpartition("/")[2]
         delay = PROGRESS_DELAY_SECONDS if progress is None else 0
-        with tqdm(total=total, desc=name, delay=delay, unit="B", unit_scale=True) as bar:
+        with tqdm(total=total, desc=uri.filename, delay=delay, unit="B", unit_scale=True) as bar:
 
             def advance(size: int) -> None:
                 with lock:
@@ -1326,8 +1360,7 @@ def _survivors(
 
 def _compression(uri: URI) -> str:
     """Give the ending of a name that smart-open knows to decompress, or nothing."""
-    path = urllib.parse.urlsplit(uri.text).path if isinstance(uri, HTTPURI) else uri.text
-    suffix = Path(path).suffix.lower()
+    suffix = Path(uri.filename).suffix.lower()
     return suffix if suffix in {".gz", ".bz2", ".xz", ".zst", ".lz4"} else ""
 
 
@@ -1374,6 +1407,71 @@ def _looks_like(start: bytes) -> tuple[str, str]:
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
     return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"
+
+
+# ── keep ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def download(
+    uri: str | os.PathLike[str] | URI,
+    to: str | os.PathLike[str] = ".",
+    *,
+    transport_params: Params = None,
+    progress: Progress = None,
+) -> Path:
+    """Copy a checkpoint to a file, whole and in parallel ranges, and give the file's path.
+
+    The file appears when all of it is there; what was there before stays until then. All reads
+    are of one version of the object. The bytes are those that are stored: nothing is
+    decompressed, and no CRC is looked at before the file is loaded.
+
+    Args:
+        uri: where it is.
+        to: the file to write, or an existing folder to write it into under its own name.
+        transport_params: as for `load`.
+        progress: as for `load`.
+
+    Raises:
+        CheckpointError: as `load`.
+        OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"epoch": 3}, folder / "last.ckpt")
+    >>> load(download(folder / "last.ckpt", folder / "copy.ckpt"))
+    {'epoch': 3}
+    """
+    place = parse_uri(uri)
+    target = Path(to).expanduser()
+    if target.is_dir():
+        target /= place.filename
+    part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.touch()
+        _copy(place, part, transport_params, progress)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _copy(place: URI, part: Path, transport_params: Params, progress: Progress) -> None:
+    def bring(offset: int) -> None:
+        block = bytearray(min(PART_BYTES, source.size - offset))
+        source.read(offset, [block], notify)
+        with part.open("r+b") as file:
+            file.seek(offset)
+            file.write(block)
+
+    try:
+        source, _ = _open_source(place, transport_params)
+        with _shown(place, source.size, progress) as notify:
+            offsets = range(0, source.size, PART_BYTES)
+            tasks = [functools.partial(bring, offset) for offset in offsets]
+            _in_parallel(tasks, place.connections)
+    except _UnrangedError:
+        with _shown(place, None, progress) as notify:
+            part.write_bytes(_stream_whole(place, transport_params, notify))
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

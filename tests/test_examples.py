@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_every_public_function_has_a_docstring(name: str) -> None:
     assert [public for public in module.__all__ if not getattr(module, public).__doc__] == []
 
 
-def test_readme(s3_store, http_server: servers.HTTPServer, monkeypatch) -> None:
+def test_readme(s3_store, http_server: servers.HTTPServer, tmp_path: Path, monkeypatch) -> None:
     """Runs all blocks but those that have a test of their own, one after the other."""
     for variable, value in s3_store.environment.items():
         monkeypatch.setenv(variable, value)
@@ -74,7 +75,12 @@ def test_readme(s3_store, http_server: servers.HTTPServer, monkeypatch) -> None:
         "model": model,
         "optimizer": optimizer,
         "scheduler": scheduler,
+        "module": None,
+        "trainer": types.SimpleNamespace(fit=lambda module, ckpt_path: resumed.append(ckpt_path)),
     }
+    resumed: list[Path] = []
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
     exec("from strategies import warm_start", scope)
     for mark, block in BLOCKS:
         if not mark:
@@ -84,6 +90,7 @@ def test_readme(s3_store, http_server: servers.HTTPServer, monkeypatch) -> None:
     assert_same(scope["last"], checkpoint["state_dict"]["head.weight"])
     assert {t.dtype for t in scope["half"].values()} == {torch.float16}
     assert list(scope["encoder"]) == ["encoder.weight", "encoder.bias"]
+    assert [load(path)["epoch"] for path in resumed] == [3]
     assert scope["report"].restored == ("optimizer", "scheduler")
 
 

@@ -179,10 +179,13 @@ ENDS = {"largest": largest, "names": list, "nothing": lambda c: None}
     checkpoint=checkpoints(),
     names=st.lists(st.sampled_from(list(STRATEGIES)), max_size=3),
     end=st.sampled_from([None, None, *ENDS]),
+    layout=st.integers(0, 1),
 )
-def test_fusion(checkpoint: Any, names: list[str], end: str | None, tmp_path: Path) -> None:
+def test_fusion(
+    checkpoint: Any, names: list[str], end: str | None, layout: int, tmp_path: Path
+) -> None:
     path = tmp_path / "a.ckpt"
-    path.write_bytes(as_bytes(checkpoint))
+    path.write_bytes(layouts(checkpoint)[layout])
     chosen = [STRATEGIES[name] for name in names if name != "shapes"]
     chosen += [STRATEGIES["shapes"]] if "shapes" in names else [ENDS[end]] if end else []
 
