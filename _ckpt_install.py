@@ -11,7 +11,7 @@ import html
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attrs import frozen
@@ -47,8 +47,7 @@ class Before:
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
 
 
-@frozen
-class Match:
+class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
     """What of a checkpoint goes into a model, and what does not."""
 
     fitting: Mapping[str, Any]

@@ -38,6 +38,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 from attrs import field, frozen
+from torch.utils._pytree import tree_leaves
 
 from _ckpt_archive import (
     LOCAL_SIGNATURE,
@@ -1347,6 +1348,8 @@ def _survivors(
                 result = _applied(source.uri, strategies, result)
             gc.collect(1)  # what was dropped may hang in a cycle
             needed = ledger.origins() & absent
+            if not needed and absent and _has_hollow(result):  # made like one, of its device
+                needed = absent
         except Exception as err:
             if not (absent and asks_for_values(err)):
                 raise
@@ -1356,6 +1359,11 @@ def _survivors(
         result = None  # some of its tensors are hollow
         fresh = _fetch(source, {key: archive.records[key] for key in needed}, progress)
         storages |= fresh
+
+
+def _has_hollow(result: Any) -> bool:
+    leaves = tree_leaves(result)
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _compression(uri: URI) -> str:

@@ -319,6 +319,24 @@ def test_computing_with_sparse_tensors_and_moving_between_devices(tmp_path: Path
         assert_same(load(tmp_path / "a.ckpt", strategy), strategy(load(tmp_path / "a.ckpt")))
 
 
+def test_what_is_made_on_the_device_of_a_hollow_tensor_is_real_in_the_end(stored) -> None:
+    uri, _ = stored
+    made = load(uri, lambda c: [torch.zeros(3, device=c["state_dict"]["layer.1.weight"].device)])
+    assert_same(made, [torch.zeros(3)])
+
+
+def test_strategies_that_look_at_addresses_see_the_real_ones_in_the_end(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    checkpoint = {"a": tied, "b": tied, "c": torch.ones(3), "d": torch.ones(3)}
+    (tmp_path / "a.ckpt").write_bytes(as_bytes(checkpoint))
+
+    def untied(state: Any) -> Any:
+        return list({t.data_ptr(): name for name, t in reversed(state.items())}.values()), state
+
+    names, _ = load(tmp_path / "a.ckpt", untied)
+    assert sorted(names) == ["a", "c", "d"]
+
+
 def test_a_cycle_keeps_nothing_alive(stored, http_server) -> None:
     def cyclic(checkpoint: Any) -> Any:
         loop: list[Any] = [checkpoint]
