@@ -32,6 +32,7 @@ _STATES = {  # as Lightning names them, and as training loops of one's own do
         "scheduler",
     ),
 }
+_EXTRA_STATE = "_extra_state"  # ends the name of what a module adds as it likes, in any shape
 _LISTED = 20  # names in a message; more than that nobody reads
 _LINES = 6  # of names under one heading of a report
 
@@ -147,13 +148,14 @@ def _states(place: str, rest: Mapping[str, Any], what: str, count: int) -> Seque
 
 
 def _shape(value: Any) -> Shape | None:
-    """Give a tensor's shape, None where it has none yet (a lazy module's) or is no tensor."""
+    """Give a tensor's shape; None if it has none yet (a lazy module's), or is no tensor."""
     known = isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value)
     return tuple(value.shape) if known else None
 
 
 def _differing(shapes: Mapping[str, Shape | None], model_tensors: Mapping[str, Any]) -> Shapes:
-    pairs = {n: (s, _shape(model_tensors[n])) for n, s in shapes.items() if n in model_tensors}
+    fixed = [n for n in shapes if n in model_tensors and not n.endswith(_EXTRA_STATE)]
+    pairs = {n: (shapes[n], _shape(model_tensors[n])) for n in fixed}
     return {n: (a, b) for n, (a, b) in pairs.items() if a is not None and b is not None and a != b}
 
 

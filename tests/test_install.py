@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import servers
-from _ckpt_install import folded
+from _ckpt_install import folded, split
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint
 from strategies import compose, drop_optimizer, weights
@@ -132,11 +132,11 @@ def test_lazy_modules_and_extra_state() -> None:
     class Counting(nn.Linear):
         count = 0
 
-        def get_extra_state(self) -> dict[str, int]:
-            return {"count": self.count}
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.ones(self.count)  # of any shape
 
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            self.count = state["count"]
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.count = len(state)
 
     source = Counting(4, 3)
     source.count = 5
@@ -158,6 +158,20 @@ def test_weights_are_found_wherever_they_are(wrap) -> None:
     report = load_into(model, wrap(source.state_dict()))
     assert_same(dict(model.state_dict()), dict(source.state_dict()))
     assert report.rest in ({}, {"a": {}, "model": {"n": 1}})
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"w": torch.ones(1)},
+        {"state_dict": {"w": torch.ones(1)}, "model": {"v": torch.ones(1)}},
+        {"module": {"model_state_dict": {"w": torch.ones(1)}}, "epoch": 3},
+        {"model": torch.ones(1), "b": torch.ones(2)},
+        {"model": nn.Linear(1, 1)},
+    ],
+)
+def test_weights_are_where_the_strategy_of_that_name_finds_them(checkpoint) -> None:
+    assert_same(dict(split(checkpoint)[0]), dict(weights(checkpoint)))
 
 
 def test_a_whole_module_as_a_checkpoint() -> None:
