@@ -1,11 +1,12 @@
 """How fast `load` is, side by side with what a user would run instead.
 
-    python benchmarks/load.py [--size BYTES] [--rounds N] [--out FILE.md]
+    python benchmarks/load.py [--size BYTES] [--rounds N] [--out FILE.json]
 
 Makes a checkpoint in Lightning's layout (AdamW, a third of it weights), serves it on this machine,
 and loads it with each competitor in a fresh process. Seconds are the best of the rounds, without
-imports; memory is the peak of the process above that of `import torch`, as a share of the file;
-bytes are what the server sent. All competitors must give the same.
+imports; memory is the peak of the process above that of `import torch`, as a multiple of the file;
+bytes are what the server sent (of both, the most of the rounds). All competitors must give the
+same, in every round.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 LAYER = {"qkv": (3072, 1024), "out": (1024, 1024), "up": (4096, 1024), "down": (1024, 4096)}
 LAYER |= {"norm.weight": (1024,), "norm.bias": (1024,)}
 URI = "s3://bench/last.ckpt"
+CLOUD_SDKS = ("boto3", "botocore", "google.cloud", "google.auth", "azure")
 OURS = "anemoi-ckpt"
 
 # ── the competitors ───────────────────────────────────────────────────────────────────────────
@@ -117,7 +121,7 @@ def our_weights(path: str) -> Any:
 REMOTE: dict[str, tuple[str, Callable[[str], Any]]] = {
     OURS: ("anemoi_ckpt", ours),
     "torch.load(smart_open.open)": ("smart_open", smart_open),
-    "torch.load(fsspec.open)": ("fsspec", fsspec),
+    "torch.load(fsspec.open)": ("fsspec.implementations.http", fsspec),
     "torch.load(boto3 body)": ("boto3", boto3_body),
     "boto3 download_file + torch.load": ("boto3", boto3_file),
     "obstore to a file + torch.load": ("obstore", obstore_file),
@@ -125,6 +129,17 @@ REMOTE: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 LOCAL = {OURS: ("anemoi_ckpt", ours), "torch.load": ("torch", read)}
 COMPETITORS = {**LOCAL, **REMOTE}
+
+
+def installed(module: str) -> bool:
+    """Tell whether a package, and what it needs for this, can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None and (
+            not module.startswith("fsspec") or importlib.util.find_spec("aiohttp") is not None
+        )
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
 
 # ── one run, in a process of its own ──────────────────────────────────────────────────────────
 
@@ -151,9 +166,19 @@ def child(name: str, what: str, path: str) -> None:
         result = result["state_dict"]
     seconds = time.perf_counter() - begin
     peak = peak_bytes()
-    leaves = torch.utils._pytree.tree_leaves(result)
-    sums = [leaf.double().sum().item() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    print(json.dumps({"seconds": seconds, "peak": peak, "sums": sums}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "sum": checksum(result)}))
+
+
+def checksum(result: Any) -> int:
+    """Give a CRC-32 over all names, dtypes, shapes and bytes, and whatever else there is."""
+    crc = 0
+    for path, leaf in torch.utils._pytree.tree_flatten_with_path(result)[0]:
+        if isinstance(leaf, torch.Tensor):
+            crc = zlib.crc32(f"{path} {leaf.dtype} {tuple(leaf.shape)}".encode(), crc)
+            crc = zlib.crc32(leaf.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        else:
+            crc = zlib.crc32(f"{path} {leaf!r}".encode(), crc)
+    return crc
 
 
 def run(name: str, what: str, path: str) -> dict[str, Any]:
@@ -212,57 +237,63 @@ class Bench:
         self.url, self.path, self.rounds = url, path, rounds
         self.size = path.stat().st_size
         self.base = measured("import benchmarks.load; print(benchmarks.load.peak_bytes())", 3)
-        self.lines: list[str] = []
+        self.results: list[dict[str, Any]] = []
 
     def say(self, line: str = "") -> None:
-        """Add a line to the report, and show it."""
-        self.lines.append(line)
+        """Show a line of the report."""
         print(line, flush=True)
 
-    def ask(self, path: str) -> str:
-        """Talk to the server."""
-        with urllib.request.urlopen(f"{self.url}/{path}") as reply:
-            return str(reply.read().decode())
+    def reset(self, **settings: float) -> None:
+        """Set the server's rate and delay, and empty its log."""
+        query = urllib.parse.urlencode(settings)
+        urllib.request.urlopen(f"{self.url}/__reset__?{query}", data=b"").close()
+
+    def log(self) -> list[dict[str, Any]]:
+        """Give the server's log, in the order of the requests."""
+        with urllib.request.urlopen(f"{self.url}/__stats__") as reply:
+            return sorted(json.load(reply), key=lambda entry: entry["begin"])
 
     def compare(self, title: str, what: str, *, rate: float, rounds: int, local: bool) -> None:
         """Run all competitors in turn, `rounds` times, and report the best of each."""
         self.say(f"\n**{title}**\n")
         self.say("| | seconds | times ours | bytes moved | peak memory |")
         self.say("| --- | ---: | ---: | ---: | ---: |")
-        best: dict[str, dict[str, Any]] = {}
         competitors = LOCAL if local else REMOTE
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in competitors}
         for _ in range(rounds):
             for name, (module, _) in competitors.items():
-                if importlib.util.find_spec(module) is None:
+                if not installed(module):
                     continue
-                self.ask(f"__reset__?rate={rate}")
+                self.reset(rate=rate)
                 result = run(name, what, str(self.path) if local else URI)
-                log = json.loads(self.ask("__stats__"))
-                result["moved"] = sum(entry.get("bytes", 0) for entry in log)
-                if name not in best or result["seconds"] < best[name]["seconds"]:
-                    best[name] = result
-        for name in competitors:
-            if name not in best:
+                result["moved"] = sum(entry.get("bytes", 0) for entry in self.log())
+                found[name].append(result)
+                self.results.append({"scenario": title, "competitor": name, **result})
+                if result["sum"] != found[OURS][0]["sum"]:
+                    raise SystemExit(f"{name} gives something else than {OURS}")
+        least = min(result["seconds"] for result in found[OURS])
+        for name, results in found.items():
+            if not results:
                 self.say(f"| {name} | not installed | | | |")
                 continue
-            result = best[name]
-            assert result["sums"] == best[OURS]["sums"], f"{name} gives something else"
-            moved = "" if local else f"{result['moved'] / self.size:.1%}"
-            ratio = result["seconds"] / best[OURS]["seconds"]
-            peak = (result["peak"] - self.base) / self.size
-            seconds = f"{result['seconds']:.2f}"
-            self.say(f"| {name} | {seconds} | {ratio:.1f} | {moved} | {peak:.2f} |")
+            seconds = min(result["seconds"] for result in results)
+            most = max(result["moved"] for result in results)
+            moved = "" if local else f"{most / self.size:.1%}"
+            peak = (max(result["peak"] for result in results) - self.base) / self.size
+            self.say(f"| {name} | {seconds:.2f} | {seconds / least:.1f} | {moved} | {peak:.2f} |")
 
     def round_trips(self, delay: float) -> None:
         """Count the requests, one after another, before the tensors' bytes flow."""
-        self.ask(f"__reset__?delay={delay}")
+        self.reset(delay=delay)
         seconds = run(OURS, "weights", URI)["seconds"]
         begun, rounds = float("-inf"), 0
-        for entry in sorted(json.loads(self.ask("__stats__")), key=lambda entry: entry["begin"]):
+        log = self.log()
+        for entry in log:
             if entry.get("bytes", 0) > 1024**2:
                 break
             if entry["begin"] >= begun + delay:
                 begun, rounds = entry["begin"], rounds + 1
+        self.results.append({"scenario": f"{delay} s a request", "seconds": seconds, "log": log})
         self.say(
             f"\nWith {delay * 1000:.0f} ms a request: {rounds} after one another before the "
             f"tensors' bytes flow; weights in {seconds:.2f} s."
@@ -274,7 +305,14 @@ class Bench:
             "import time, torch; t = time.perf_counter(); import anemoi_ckpt; "
             "print(time.perf_counter() - t)"
         )
-        self.say(f"\n`import anemoi_ckpt` adds {seconds:.2f} s to `import torch`.")
+        count = measured(
+            f"import sys, anemoi_ckpt; print(sum(name in sys.modules for name in {CLOUD_SDKS}))", 1
+        )
+        self.results.append({"scenario": "import", "seconds": seconds, "cloud SDKs": count})
+        self.say(
+            f"\n`import anemoi_ckpt` adds {seconds:.2f} s to `import torch`, and imports "
+            f"{count:.0f} of {', '.join(CLOUD_SDKS)}."
+        )
 
 
 @contextmanager
@@ -294,37 +332,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=float, default=1.6e9, help="of the checkpoint, in bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the report there, too")
+    parser.add_argument("--out", type=Path, help="write the figures of every round there")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench" / "last.ckpt"
-        path.parent.mkdir()
-        make_checkpoint(path, options.size)
-        with serving(Path(folder)) as url:
-            os.environ |= {
-                "AWS_ENDPOINT_URL": url,
-                "AWS_ACCESS_KEY_ID": "bench",
-                "AWS_SECRET_ACCESS_KEY": "bench",
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-            }
-            bench = Bench(url, path, options.rounds)
-            bench.say(f"A checkpoint of {bench.size / 1e9:.2f} GB, {os.cpu_count()} cores.")
-            compare, more = bench.compare, options.rounds
-            title = "Weights only, 80 MB/s a connection (as an object store)"
-            compare(title, "weights", rate=80e6, rounds=1, local=False)
-            compare("Weights only, unlimited", "weights", rate=0, rounds=more, local=False)
-            compare("Everything, unlimited", "everything", rate=0, rounds=more, local=False)
-            compare("Weights only, local, warm", "weights", rate=0, rounds=more, local=True)
-            compare("Everything, local, warm", "everything", rate=0, rounds=more, local=True)
-            bench.round_trips(0.05)
-            bench.imports()
-            if options.out:
-                options.out.write_text("\n".join(bench.lines) + "\n")
+    folder = Path(tempfile.gettempdir()) / f"anemoi-ckpt-benchmark-{options.size:.0f}"
+    path = folder / "bench" / "last.ckpt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_checkpoint(path.with_suffix(".part"), options.size)
+        path.with_suffix(".part").rename(path)  # whole, or not there
+    with serving(folder) as url:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "bench",
+            "AWS_SECRET_ACCESS_KEY": "bench",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        bench = Bench(url, path, options.rounds)
+        bench.say(f"A checkpoint of {bench.size / 1e9:.2f} GB, {os.cpu_count()} cores.")
+        compare, more = bench.compare, options.rounds
+        title = "Weights only, 80 MB/s a connection (as an object store)"
+        compare(title, "weights", rate=80e6, rounds=1, local=False)
+        compare("Weights only, unlimited", "weights", rate=0, rounds=more, local=False)
+        compare("Everything, unlimited", "everything", rate=0, rounds=more, local=False)
+        compare("Weights only, local, warm", "weights", rate=0, rounds=more, local=True)
+        compare("Everything, local, warm", "everything", rate=0, rounds=more, local=True)
+        bench.round_trips(0.05)
+        bench.imports()
+        if options.out:
+            options.out.write_text(json.dumps(bench.results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A static file server that is faster than its clients, and can be as slow as an object store.
 
-    python benchmarks/server.py FOLDER [--rate BYTES_PER_SECOND] [--delay SECONDS]
+    python benchmarks/server.py FOLDER [--port PORT] [--rate BYTES_PER_SECOND] [--delay SECONDS]
 
-Speaks plain HTTP (GET and HEAD, ranges) and as much S3 as reading by path wants: the path of an
-object is `/bucket/key`, below FOLDER; signatures are not looked at. Prints its URL.
-`GET /__stats__` gives the requests since the last `GET /__reset__?rate=…&delay=…` as JSON.
+Speaks plain HTTP (GET and HEAD, Range, If-Match) and as much S3 as reading by path wants: the path
+of an object is `/bucket/key`, below FOLDER; signatures are not looked at. Prints its URL.
+`GET /__stats__` gives the requests since the last `POST /__reset__?rate=…&delay=…` as JSON.
 """
 
 import argparse
@@ -27,9 +27,9 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, folder: Path, rate: float, delay: float) -> None:
-        """Listen on a free port of this machine."""
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, folder: Path, port: int, rate: float, delay: float) -> None:
+        """Listen on this machine, on a free port if it is 0."""
+        super().__init__(("127.0.0.1", port), Handler)
         self.folder, self.rate, self.delay = folder, rate, delay
         self.log: list[dict[str, float | str]] = []
 
@@ -46,12 +46,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         if url.path == "/__stats__":
             self._text(json.dumps(self.server.log))
-        elif url.path == "/__reset__":
-            settings = dict(urllib.parse.parse_qsl(url.query))
-            self.server.rate = float(settings.get("rate", 0))
-            self.server.delay = float(settings.get("delay", 0))
-            self.server.log.clear()
-            self._text("")
         else:
             entry: dict[str, float | str] = {"method": self.command, "begin": time.monotonic()}
             self.server.log.append(entry)
@@ -60,6 +54,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._file(self.server.folder / urllib.parse.unquote(url.path[1:]), entry)
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server wants
+
+    def do_POST(self) -> None:
+        """Forget the log, and set the rate and the delay."""
+        url = urllib.parse.urlsplit(self.path)
+        if url.path != "/__reset__":
+            self.send_error(404)
+            return
+        settings = dict(urllib.parse.parse_qsl(url.query))
+        self.server.rate = float(settings.get("rate", 0))
+        self.server.delay = float(settings.get("delay", 0))
+        self.server.log.clear()
+        self._text("")
 
     def _text(self, text: str) -> None:
         self.send_response(200)
@@ -74,14 +80,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             size = status.st_size
+            tag = f'"{status.st_mtime_ns:x}-{size:x}"'
             first, last = _extent(self.headers["Range"], size)
+            if self.headers.get("If-Match", tag) not in (tag, "*"):
+                self.send_error(412)
+                return
+            if self.headers["Range"] and first > last:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{size}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(206 if self.headers["Range"] else 200)
             if self.headers["Range"]:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             self.send_header("Content-Length", str(last - first + 1))
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("ETag", f'"{status.st_mtime_ns:x}-{size:x}"')
+            self.send_header("ETag", tag)
             self.send_header("Last-Modified", email.utils.formatdate(status.st_mtime, usegmt=True))
             self.end_headers()
             self.wfile.flush()
@@ -117,10 +133,11 @@ def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--rate", type=float, default=0, help="bytes per second a connection")
     parser.add_argument("--delay", type=float, default=0, help="seconds before each answer")
     options = parser.parse_args()
-    server = Server(options.folder, options.rate, options.delay)
+    server = Server(options.folder, options.port, options.rate, options.delay)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
 
