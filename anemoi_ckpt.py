@@ -697,6 +697,8 @@ def _(
     with _explained(uri, pin):
         reply = _s3_client(uri, transport_params).get_object(**options)
         with closing(reply["Body"]) as body:
+            if "ContentRange" not in reply:  # some stores that speak S3 ignore Range
+                raise _UnrangedError
             size = int(reply["ContentRange"].rpartition("/")[2])
             version = _pinned(uri, Version(size, reply["ETag"]), pin)
             _read_socket(getattr(body, "_raw_stream", body), buffers)

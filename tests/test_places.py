@@ -459,6 +459,19 @@ def test_a_server_without_ranges_is_read_once_as_a_stream(
     assert http_server.bytes_sent < 2 * len(data)
 
 
+def test_a_store_that_speaks_s3_without_ranges(s3_store, monkeypatch) -> None:
+    import torch
+
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_store.server.reset()
+    checkpoint = {"w": torch.arange(300_000)}
+    s3_store.write("a.ckpt", as_bytes(checkpoint))
+    s3_store.server.fault = lambda request: servers.Fault(ignore_range=True)
+    assert_same(load(s3_store.uri("a.ckpt")), checkpoint)
+    s3_store.server.reset()
+
+
 def test_a_stream_that_breaks_is_begun_anew(http_server: servers.HTTPServer, monkeypatch) -> None:
     import torch
 
