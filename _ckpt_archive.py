@@ -207,10 +207,10 @@ class HollowError(Exception):
 
 def asks_for_values(err: Exception) -> bool:
     """Tell whether an error came of a tensor's being on the meta device."""
-    if isinstance(err, HollowError):
+    if isinstance(err, HollowError | NotImplementedError):
         return True
-    kind = isinstance(err, RuntimeError | TypeError | ValueError)  # of torch's, all say "meta"
-    return kind and re.search(r"\bmeta\b", str(err), re.IGNORECASE) is not None
+    said = re.search(r"\bmeta\b|unallocated storage", str(err), re.IGNORECASE)
+    return isinstance(err, RuntimeError | TypeError | ValueError) and said is not None
 
 
 class Ledger(TorchDispatchMode):
@@ -223,6 +223,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call] # torch has no annotation here
         self._entries: dict[int, tuple[StorageWeakRef, set[str]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}  # by storage key
+        self.asked = False  # for what a hollow tensor cannot tell
 
     def enter(self, storage: Any, keys: Iterable[str]) -> None:
         """Note that the values of a storage come from these records, too."""
@@ -256,7 +257,11 @@ class Ledger(TorchDispatchMode):
         ]
         if any(tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_hollow, (args, kwargs))
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except (RuntimeError, NotImplementedError):
+                self.asked = True
+                raise
             if written and isinstance(written[0], torch.Tensor) and not written[0].is_meta:
                 result = written[0]  # a real tensor stays real; its values come later
         else:

@@ -68,10 +68,10 @@ class MissingPackageError(CheckpointError, ImportError):
     """The place needs a package that is not installed."""
 
 
-_USERINFO = re.compile(r"(?i)\b((?:https?|ftps?|sftp|ssh|s3)://)[^/@\s]+@")
+_USERINFO = re.compile(r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]*://)[^/\s]*@")
 _SECRET = re.compile(
     r"(?i)(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId"
-    r"|GoogleAccessId|Signature|sig|[\w-]*token|[\w-]*password|AccountKey|SharedAccessSignature)=)"
+    r"|GoogleAccessId|Signature|sig|[\w-]*token|[\w-]*password|api_?key|AccountKey|SharedAccessSignature)=)"
     r"[^&;\s'\"]+"
 )
 

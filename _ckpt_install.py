@@ -10,6 +10,7 @@ import copy
 import html
 import itertools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -114,7 +115,17 @@ def match(
             f"{len(unfit)} shapes differ: {_listed(_compared(unfit))}",
             "load what fits with filter_shapes(model), or pad_or_slice(model) what does not",
         )
-    fitting = {name: value for name, value in found.items() if name in model_tensors}
+    fitting = _like(found, {name: v for name, v in found.items() if name in model_tensors})
+    strange = [
+        name for name, value in fitting.items() if not _goes_into(value, model_tensors[name])
+    ]
+    strange = [name for name in strange if not name.endswith(_EXTRA_STATE)]
+    if strange:
+        raise MismatchError(
+            place,
+            f"{len(strange)} are no tensors of the model's layout: {_listed(strange)}",
+            "leave them out with exclude",
+        )
     filled = {id(model_tensors[name]) for name in fitting}  # one of tied names fills all
     absent = [name for name, value in model_tensors.items() if id(value) not in filled]
     mismatched = _differing({name: before.shapes.get(name) for name in absent}, model_tensors)
@@ -132,6 +143,18 @@ def match(
             if key not in itertools.chain(*_STATES.values())
         },
     )
+
+
+def _like(original: Any, items: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Make a state dict with the versions of modules (``_metadata``) that the original has."""
+    made = OrderedDict(items)
+    made._metadata = getattr(original, "_metadata", None)  # type: ignore[attr-defined] # noqa: SLF001 - torch's
+    return made
+
+
+def _goes_into(value: Any, target: Any) -> bool:
+    both = isinstance(value, torch.Tensor) and isinstance(target, torch.Tensor)
+    return both and (torch.nn.parameter.is_lazy(target) or value.layout == target.layout)
 
 
 def _states(place: str, rest: Mapping[str, Any], what: str, count: int) -> Sequence[Any]:
@@ -231,11 +254,11 @@ def install(
     try:
         for receiver, state in pairs:
             receiver.load_state_dict(copy.deepcopy(state))
+        _fill(model, found.fitting)
     except BaseException:
         for receiver, state in before:
             receiver.load_state_dict(state)
         raise
-    _fill(model, found.fitting)
     return tuple(what for what, states in found.states.items() if states)
 
 
@@ -246,11 +269,14 @@ def _fill(model: torch.nn.Module, fitting: Mapping[str, Any]) -> None:
         for name, value in model.state_dict(keep_vars=True).items()
         if name in fitting and isinstance(value, torch.Tensor) and value.is_meta
     }
-    real = {name: value for name, value in fitting.items() if name not in hollow}
-    model.load_state_dict(real, strict=False)
+    extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
+    real = {name: v for name, v in fitting.items() if name not in hollow and name not in extra}
+    # first what a module may refuse
+    model.load_state_dict(_like(fitting, extra), strict=False)
+    model.load_state_dict(_like(fitting, real), strict=False)
     if not hollow:
         return
-    model.load_state_dict(hollow, strict=False, assign=True)
+    model.load_state_dict(_like(fitting, hollow), strict=False, assign=True)
     for names in tied:
         filled = next((name for name in names if name in hollow), None)
         if filled:

@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -241,7 +242,9 @@ class AzureURI(URI):
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-_AZURE_HOST = re.compile(r"[\w-]+\.(?:blob|dfs)\.core\.[\w.]+(?::\d+)?", re.ASCII)
+_AZURE_HOST = re.compile(  # Microsoft's own clouds: others get no credentials of the environment
+    r"[\w-]+\.(?:blob|dfs)\.core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)", re.ASCII
+)
 
 
 def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
@@ -306,12 +309,16 @@ def _parse_http(text: str) -> URI:
         raise InvalidURIError(text, "the URL has no host", "write https://host/path")
     if _AZURE_HOST.fullmatch(url.netloc):
         container, blob = _bucket_and_key(text, urllib.parse.unquote(url.path.lstrip("/")))
-        return AzureURI(text, container, blob, f"https://{url.netloc}", url.query or None)
+        account = f"https://{url.netloc.replace('.dfs.', '.blob.')}"
+        return AzureURI(text, container, blob, account, url.query or None)
     return HTTPURI(text)
 
 
 def _parse_s3(text: str) -> URI:
     rest, _, version = text.split("://", 1)[1].partition("?versionId=")
+    if "@" in rest.partition("/")[0]:
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        raise InvalidURIError(text, "has credentials in it", remedy)
     return S3URI(text, *_bucket_and_key(text, rest), version or None)
 
 
@@ -526,10 +533,13 @@ def _make_azure_client(
         raise AccessDeniedError(uri, "no storage account is named", uri.credentials)
     url = uri.account_url or f"https://{account}.blob.core.windows.net"
     # credentials of the environment belong to the environment's account, and to no other
-    own = account and url.startswith(f"https://{account}.")
+    known = _AZURE_HOST.fullmatch(url.removeprefix("https://")) is not None
+    own = known and account and url.startswith(f"https://{account}.")
     key = settings.get("AZURE_STORAGE_KEY") or settings.get("AZURE_STORAGE_ACCOUNT_KEY")
     credential = uri.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
-    return package.BlobServiceClient(url, credential or _azure_identity(), **options)
+    if known and not credential:
+        credential = _azure_identity()
+    return package.BlobServiceClient(url, credential, **options)
 
 
 def _azure_identity() -> Any:
@@ -667,16 +677,20 @@ def _(
         headers["If-Match"] = pin.tag
     options: dict[str, Any] = {"headers": headers, "stream": True, "cert": params.get("cert")}
     options["timeout"] = params.get("timeout") or TIMEOUT_SECONDS
+    if "authorization" in map(str.lower, headers):
+        options["auth"] = _as_it_is  # else ~/.netrc would win
     if "user" in params:
         options["auth"] = (params["user"], params.get("password", ""))
     session = params.get("session") or _http_session(uri)
     with _explained(uri, pin), session.get(uri.text, **options) as reply:
         reply.raise_for_status()
-        extent = re.fullmatch(r"bytes \d+-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+        extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
         if reply.status_code != 206 or not extent or reply.headers.get("Content-Encoding"):  # noqa: PLR2004 - partial content
             raise _UnrangedError
         tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        version = _pinned(uri, Version(int(extent[1]), tag), pin)
+        version = _pinned(uri, Version(int(extent[2]), tag), pin)
+        if offset >= 0 and int(extent[1]) != offset:
+            raise _UnrangedError  # a range, but not the one that was asked for
         _read_socket(reply.raw, buffers)
     return version
 
@@ -758,6 +772,11 @@ def _(
     return version
 
 
+def _as_it_is(request: Any) -> Any:
+    """Authorize a request no further."""
+    return request
+
+
 def _read_socket(reply: Any, buffers: Buffers) -> None:
     """Fill buffers from the socket beneath urllib3's reply, which itself would copy each byte."""
     socket = getattr(reply, "_fp", None)
@@ -822,6 +841,8 @@ def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
     said = f"{type(err).__name__}: {err}" if not status else f"the server answered {status} {code}"
     denied = isinstance(err, PermissionError) or type(err).__name__ in _NO_CREDENTIALS
     if denied or status in (401, 403) or code in _EXPIRED:
+        for make in (_make_s3_client, _make_gcs_client, _make_azure_client):
+            make.cache_clear()  # the next call looks for credentials anew
         return AccessDeniedError(uri, f"access is denied ({said})", uri.credentials)
     if pin and status in (404, 410, 412, 416):
         return ChangedError(
@@ -1352,8 +1373,10 @@ def _survivors(
             needed = ledger.origins() & absent
             if not needed and absent and _has_hollow(result):  # made like one, of its device
                 needed = absent
+            if absent and ledger.asked:  # for values, and a strategy went on without
+                needed = absent
         except Exception as err:
-            if not (absent and asks_for_values(err)):
+            if not (absent and (ledger.asked or asks_for_values(err))):
                 raise
             needed = absent
         if not needed:
@@ -1455,13 +1478,20 @@ def download(
     target = Path(to).expanduser()
     if target.is_dir():
         target /= place.filename
-    part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")  # no other call's
+    whole = part.with_suffix(".whole")
     try:
         part.touch()
-        _copy(place, part, transport_params, progress)
-        part.replace(target)
+        try:
+            _copy(place, part, transport_params, progress)
+            part.replace(target)
+        except _UnrangedError:  # what is under way may still write to the part
+            with _shown(place, None, progress) as notify:
+                whole.write_bytes(_stream_whole(place, transport_params, notify))
+            whole.replace(target)
     finally:
         part.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
     return target
 
 
@@ -1473,15 +1503,11 @@ def _copy(place: URI, part: Path, transport_params: Params, progress: Progress) 
             file.seek(offset)
             file.write(block)
 
-    try:
-        source, _ = _open_source(place, transport_params)
-        with _shown(place, source.size, progress) as notify:
-            offsets = range(0, source.size, PART_BYTES)
-            tasks = [functools.partial(bring, offset) for offset in offsets]
-            _in_parallel(tasks, place.connections)
-    except _UnrangedError:
-        with _shown(place, None, progress) as notify:
-            part.write_bytes(_stream_whole(place, transport_params, notify))
+    source, _ = _open_source(place, transport_params)
+    with _shown(place, source.size, progress) as notify:
+        offsets = range(0, source.size, PART_BYTES)
+        tasks = [functools.partial(bring, offset) for offset in offsets]
+        _in_parallel(tasks, place.connections)
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

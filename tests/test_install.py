@@ -253,6 +253,48 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
     assert_same(snapshot(model), before)
 
 
+def test_values_that_are_no_tensors_of_the_model_change_nothing() -> None:
+    model = nn.Linear(2, 2)
+    before = snapshot(model)
+    for bias in ([1.0, 1.0], torch.ones(2).to_sparse()):
+        with pytest.raises(MismatchError, match="1 are no tensors of the model's layout: bias"):
+            load_into(model, {"weight": torch.ones(2, 2), "bias": bias})
+        assert_same(snapshot(model), before)
+
+
+def test_versions_of_modules_reach_them() -> None:
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest: Any) -> None:
+            assert local_metadata["version"] == 2
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    source, model = Versioned(2, 2), Versioned(2, 2)
+    load_into(model, source.state_dict())
+    assert torch.equal(model.weight, source.weight)
+
+
+def test_a_module_that_refuses_its_extra_state_changes_nothing() -> None:
+    class Refusing(nn.Linear):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.ones(1)
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            raise ValueError("not this one")
+
+    model = Refusing(2, 2)
+    optimizer, _ = train(model, 1)
+    before = snapshot(model), copy.deepcopy(optimizer.state_dict())
+    other = {**Refusing(2, 2).state_dict()}
+    state = copy.deepcopy(before[1])
+    state["param_groups"][0]["lr"] = 9.0
+    with pytest.raises(ValueError, match="not this one"):
+        load_into(model, {"state_dict": other, "optimizer": state}, optimizer=optimizer)
+    assert_same(optimizer.state_dict(), before[1])
+    assert_same(snapshot(model), before[0])
+
+
 def test_shapes_that_differ_are_an_error_that_shows_them(http_server, checkpoint) -> None:
     checkpoint["state_dict"]["large"] = torch.zeros(10**6)
     model = Tied(5)

@@ -337,6 +337,28 @@ def test_strategies_that_look_at_addresses_see_the_real_ones_in_the_end(tmp_path
     assert sorted(names) == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda sd: sd["a"].tolist(),
+        lambda sd: sd["a"].nonzero(),
+        lambda sd: sd["a"][sd["a"] > 0],
+        lambda sd: [name for name, t in sd.items() if swallowing(t)],
+    ],
+)
+def test_a_strategy_may_ask_for_values(tmp_path: Path, strategy) -> None:
+    checkpoint = {"a": torch.arange(3.0), "b": torch.zeros(2)}
+    (tmp_path / "a.ckpt").write_bytes(as_bytes(checkpoint))
+    assert_same(load(tmp_path / "a.ckpt", strategy), strategy(checkpoint))
+
+
+def swallowing(tensor: torch.Tensor) -> bool:
+    try:
+        return float(tensor.sum()) > 0
+    except RuntimeError:
+        return False
+
+
 def test_a_cycle_keeps_nothing_alive(stored, http_server) -> None:
     def cyclic(checkpoint: Any) -> Any:
         loop: list[Any] = [checkpoint]

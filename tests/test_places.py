@@ -116,6 +116,7 @@ def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
         ("az://container/run/", "names a folder; add the name of the checkpoint"),
         ("https:///a", "the URL has no host"),
         ("file://other/a", "names no file on this machine"),
+        ("s3://***@bucket/a", "has credentials in it; set AWS_ACCESS_KEY_ID"),
     ],
 )
 def test_a_text_that_names_no_place(text: str, said: str) -> None:
@@ -151,6 +152,8 @@ SECRETS = [
     "https://host/a?X-Amz-Signature=hunter2&X-Amz-Date=1",
     "https://acc.blob.core.windows.net/c/b?sv=1&sig=hunter2",
     "https://host/a?access_token=hunter2",
+    "https://me:p@hunter2@host/a",
+    "https://host/a?api_key=hunter2",
 ]
 
 
@@ -515,6 +518,25 @@ def test_redirects_queries_and_basic_auth(http_server: servers.HTTPServer, tmp_p
     assert load(f"{http_server.url}/real.ckpt") == {"a": 1}
 
 
+def test_a_range_that_was_not_asked_for(http_server: servers.HTTPServer) -> None:
+    import torch
+
+    checkpoint = {"w": torch.arange(300_000)}
+    uri = http_server.put("a.ckpt", as_bytes(checkpoint))
+    wrong = {"Content-Range": f"bytes 7-70000/{len(as_bytes(checkpoint))}"}
+    http_server.fault = lambda request: servers.Fault(headers=wrong) if request.range else None
+    assert_same(load(uri), checkpoint)
+
+
+def test_a_header_wins_over_netrc(http_server: servers.HTTPServer) -> None:
+    netrc = Path(os.environ["HOME"]) / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    netrc.chmod(0o600)
+    uri = parse_uri(http_server.put("a", DATA))
+    read_range(uri, 0, Buffers(bytearray(1)), None, {"headers": {"Authorization": "Bearer t"}})
+    assert {request.headers["Authorization"] for request in http_server.log} == {"Bearer t"}
+
+
 def test_headers_and_a_session_of_ones_own(http_server: servers.HTTPServer) -> None:
     import requests
 
@@ -742,6 +764,18 @@ KEY = "c2VjcmV0"
             },
             "https://other.blob.core.windows.net/",
             None,
+        ),
+        (  # a host that only looks like the account's gets nothing
+            "abfss://c@acc.evil.example/b",
+            {"AZURE_STORAGE_ACCOUNT": "acc", "AZURE_STORAGE_KEY": KEY},
+            "https://acc.evil.example/",
+            None,
+        ),
+        (
+            "https://acc.dfs.core.windows.net/c/b",
+            {"AZURE_STORAGE_ACCOUNT": "acc", "AZURE_STORAGE_KEY": KEY},
+            "https://acc.blob.core.windows.net/",
+            "SharedKeyCredentialPolicy",
         ),
         (
             "https://acc.blob.core.windows.net/c/b?sv=1&sig=s",
