@@ -275,7 +275,12 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
             f"the scheme {match[1]}:// is unknown (known: {known}, and plain paths)",
             f"add it with register_scheme({match[1]!r}, parser) and one @open_stream.register",
         )
-    return parser(text)
+    try:
+        return parser(text)
+    except CheckpointError:
+        raise
+    except ValueError as err:  # such as an IPv6 address that does not end
+        raise InvalidURIError(text, f"no URL ({err})", "check it for typing errors") from None
 
 
 def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:

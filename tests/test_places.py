@@ -115,6 +115,7 @@ def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
         ("gs://bucket/", "names no object"),
         ("az://container/run/", "names a folder; add the name of the checkpoint"),
         ("https:///a", "the URL has no host"),
+        ("https://[half/a", "no URL (Invalid IPv6 URL); check it"),
         ("file://other/a", "names no file on this machine"),
         ("s3://***@bucket/a", "has credentials in it; set AWS_ACCESS_KEY_ID"),
     ],
