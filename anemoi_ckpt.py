@@ -13,11 +13,8 @@ places · streams · ranges · sources · fetch · load · keep · install
 from __future__ import annotations
 
 import ctypes
-import difflib
 import functools
 import gc
-import http.client
-import importlib
 import io
 import itertools
 import logging
@@ -27,15 +24,13 @@ import re
 import sys
 import threading
 import time
-import urllib.parse
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, ClassVar
+from typing import Any
 
 import torch
 from attrs import field, frozen
@@ -71,6 +66,30 @@ from _ckpt_errors import (
     redact,
 )
 from _ckpt_install import Before, Match, Report, check_enough, install, look, match
+from _ckpt_places import (
+    CHUNK_BYTES,
+    GCSURI,
+    HTTPURI,
+    LONG_PART_BYTES,
+    S3URI,
+    TIMEOUT_SECONDS,
+    URI,
+    AzureURI,
+    Buffers,
+    LocalURI,
+    Notify,
+    Params,
+    UnrangedError,
+    Version,
+    empty_file,
+    explained,
+    imported,
+    open_stream,
+    parse_uri,
+    pinned,
+    read_range,
+    register_scheme,
+)
 
 __all__ = [
     "GCSURI",
@@ -89,6 +108,7 @@ __all__ = [
     "MismatchError",
     "MissingPackageError",
     "NotACheckpointError",
+    "Report",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
@@ -103,825 +123,14 @@ __all__ = [
 
 log = logging.getLogger("anemoi_ckpt")
 
-Params = Mapping[str, Any] | None  # smart-open's transport_params
 Strategy = Callable[[Any], Any]
-Notify = Callable[[int], object]  # told how many bytes have come, each time some have
 Progress = bool | Callable[[int, int | None], object] | None
 
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
-LONG_PART_BYTES = 64 * 1024**2  # most: so that connections end together
-CONNECTIONS = 32  # at once: stores cap each connection (80 MB/s or so), not the sum
-CHUNK_BYTES = 1024**2  # one readinto: how often progress and interrupts are looked at
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
 ATTEMPTS = 5  # without progress, before a place counts as unreachable
-TIMEOUT_SECONDS = 60.0  # of silence on a connection
 PROGRESS_DELAY_SECONDS = 1.0  # a shorter load shows no bar
-
-
-# ── places ────────────────────────────────────────────────────────────────────────────────────
-
-
-@frozen
-class URI:
-    """A place, as the user wrote it. Each kind of place is a frozen subclass.
-
-    ``str(uri)`` is the text it was parsed from, secrets and all; ``repr(uri)`` hides them.
-    """
-
-    text: str = field(repr=lambda text: repr(redact(text)))
-
-    connections: ClassVar[int] = CONNECTIONS
-    extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
-    credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(self.text)
-
-    def __str__(self) -> str:
-        """Give back the text as it was written."""
-        return self.text
-
-
-def _last_part(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
-
-
-@frozen
-class LocalURI(URI):
-    """A file on a disk: a plain or relative path, ``~``, ``pathlib.Path``, or ``file://``."""
-
-    path: str
-
-    connections: ClassVar[int] = min(4, os.cpu_count() or 1)  # threads that copy
-    credentials: ClassVar[str] = "make the file readable for the user who runs this"
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(self.path)
-
-
-@frozen
-class HTTPURI(URI):
-    """A URL, as RFC 9110 has it; its query (a signature, say) is kept as it is."""
-
-    extra: ClassVar[str | None] = "http"
-    credentials: ClassVar[str] = (
-        "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
-        "ask for a new one if the URL is a signed one that has expired"
-    )
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(urllib.parse.unquote(urllib.parse.urlsplit(self.text).path))
-
-
-@frozen
-class S3URI(URI):
-    """An object in S3 or a store that speaks S3: ``s3://bucket/key[?versionId=…]``."""
-
-    bucket: str
-    key: str
-    version_id: str | None = None
-
-    extra: ClassVar[str | None] = "s3"
-    credentials: ClassVar[str] = (
-        "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL "
-        "for a store that is not Amazon's), or give transport_params={'client': …}"
-    )
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(self.key)
-
-
-@frozen
-class GCSURI(URI):
-    """An object in Google Cloud Storage: ``gs://bucket/name[#generation]``."""
-
-    bucket: str
-    name: str
-    generation: int | None = None
-
-    extra: ClassVar[str | None] = "gcs"
-    credentials: ClassVar[str] = (
-        "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS, "
-        "or give transport_params={'client': …}"
-    )
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(self.name)
-
-
-@frozen
-class AzureURI(URI):
-    """A blob in Azure: ``az://container/blob``, ``abfss://…``, or its ``https://`` address."""
-
-    container: str
-    blob: str
-    account_url: str | None = None
-    sas: str | None = field(default=None, repr=False)
-
-    extra: ClassVar[str | None] = "azure"
-    credentials: ClassVar[str] = (
-        "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or "
-        "AZURE_STORAGE_SAS_TOKEN, or install azure-identity and run `az login`"
-    )
-
-    @property
-    def filename(self) -> str:
-        """The last part of its path."""
-        return _last_part(self.blob)
-
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-_AZURE_HOST = re.compile(  # Microsoft's own clouds: others get no credentials of the environment
-    r"[\w-]+\.(?:blob|dfs)\.core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)", re.ASCII
-)
-
-
-def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
-    """Tell what kind of place a text names.
-
-    Args:
-        place: a path, a URL, or a URI that was parsed before.
-
-    Raises:
-        InvalidURIError: an unknown scheme, an empty bucket or key, or a folder.
-
-    >>> parse_uri("s3://bucket/run/last.ckpt").key
-    'run/last.ckpt'
-    >>> parse_uri("last.ckpt")
-    LocalURI(text='last.ckpt', path='last.ckpt')
-    """
-    if isinstance(place, URI):
-        return place
-    text = os.fspath(place)
-    match = _SCHEME.fullmatch(text) if isinstance(place, str) else None
-    if match is None:
-        return _parse_local(text)
-    parser = _PARSERS.get(match[1].lower())
-    if parser is None:
-        known = ", ".join(f"{scheme}://" for scheme in _PARSERS)
-        raise InvalidURIError(
-            text,
-            f"the scheme {match[1]}:// is unknown (known: {known}, and plain paths)",
-            f"add it with register_scheme({match[1]!r}, parser) and one @open_stream.register",
-        )
-    try:
-        return parser(text)
-    except CheckpointError:
-        raise
-    except ValueError as err:  # such as an IPv6 address that does not end
-        raise InvalidURIError(text, f"no URL ({err})", "check it for typing errors") from None
-
-
-def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
-    """Teach `parse_uri` a new scheme (or replace a known one).
-
-    Args:
-        scheme: what stands before ``://``, such as ``"sftp"``.
-        parser: text to URI. A subclass of `URI` with no fields of its own is one.
-    """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
-        raise ValueError(f"{scheme!r} is no scheme: two or more of letters, digits, '+', '.', '-'")
-    _PARSERS[scheme.lower()] = parser
-
-
-def _parse_local(text: str) -> URI:
-    if not text:
-        raise InvalidURIError("''", "the path is empty", "give the path or URL of a checkpoint")
-    return LocalURI(text, os.path.expanduser(text))  # noqa: PTH111 - keeps ./ and // as written
-
-
-def _parse_file(text: str) -> URI:
-    url = urllib.parse.urlsplit(text)
-    if url.netloc not in ("", "localhost") or not url.path:
-        raise InvalidURIError(text, "names no file on this machine", "write file:///path/to/file")
-    return LocalURI(text, urllib.parse.unquote(text.split("://", 1)[1][len(url.netloc) :]))
-
-
-def _parse_http(text: str) -> URI:
-    url = urllib.parse.urlsplit(text)
-    if not url.hostname:
-        raise InvalidURIError(text, "the URL has no host", "write https://host/path")
-    if _AZURE_HOST.fullmatch(url.netloc):
-        container, blob = _bucket_and_key(text, urllib.parse.unquote(url.path.lstrip("/")))
-        account = f"https://{url.netloc.replace('.dfs.', '.blob.')}"
-        return AzureURI(text, container, blob, account, url.query or None)
-    return HTTPURI(text)
-
-
-def _parse_s3(text: str) -> URI:
-    rest, _, version = text.split("://", 1)[1].partition("?versionId=")
-    if "@" in rest.partition("/")[0]:
-        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-        raise InvalidURIError(text, "has credentials in it", remedy)
-    return S3URI(text, *_bucket_and_key(text, rest), version or None)
-
-
-def _parse_gcs(text: str) -> URI:
-    path, generation = re.fullmatch(r"\w+://(.*?)(?:#(\d+))?", text, re.DOTALL).groups()  # type: ignore[union-attr] # every text matches
-    return GCSURI(text, *_bucket_and_key(text, path), int(generation) if generation else None)
-
-
-def _parse_azure(text: str) -> URI:
-    authority, slash, path = text.split("://", 1)[1].partition("/")
-    container, at, host = authority.partition("@")
-    account = f"https://{host.replace('.dfs.', '.blob.')}" if at else None
-    return AzureURI(text, *_bucket_and_key(text, container + slash + path), account)
-
-
-def _bucket_and_key(text: str, path: str) -> tuple[str, str]:
-    bucket, _, key = path.partition("/")
-    if not bucket or not key:
-        missing = "object" if bucket else "bucket"
-        raise InvalidURIError(text, f"names no {missing}", "write scheme://bucket/path/to/file")
-    if key.endswith("/"):
-        raise InvalidURIError(text, "names a folder", "add the name of the checkpoint in it")
-    return bucket, key
-
-
-_PARSERS: dict[str, Callable[[str], URI]] = {
-    "file": _parse_file,
-    "http": _parse_http,
-    "https": _parse_http,
-    "s3": _parse_s3,
-    "gs": _parse_gcs,
-    "gcs": _parse_gcs,
-    "az": _parse_azure,
-    "azure": _parse_azure,
-    "abfs": _parse_azure,
-    "abfss": _parse_azure,
-    "wasb": _parse_azure,
-    "wasbs": _parse_azure,
-}
-
-
-# ── streams ───────────────────────────────────────────────────────────────────────────────────
-
-
-@functools.singledispatch
-def open_stream(uri: URI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - for handlers
-    """Open a place for reading, from its first byte on: the one handler a new place must have.
-
-    Args:
-        uri: the place. A text or a path is parsed first.
-        transport_params: smart-open's: a dict with ``client``, ``session``, ``headers``, ….
-
-    Raises:
-        CheckpointError: not found, no access, no answer, or no handler for this kind of place.
-    """
-    raise InvalidURIError(
-        uri, f"no handler opens a {type(uri).__name__}", "write one with @open_stream.register"
-    )
-
-
-@open_stream.register
-def _(uri: str | os.PathLike, transport_params: Params = None) -> BinaryIO:  # type: ignore[misc, type-arg] # wider than URI, and singledispatch takes no parameters
-    return open_stream(parse_uri(uri), transport_params)
-
-
-@open_stream.register
-def _(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - a file needs none
-    with _explained(uri):
-        return open(uri.path, "rb", buffering=0)  # noqa: PTH123 - the caller's to close
-
-
-@open_stream.register
-def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
-    with _explained(uri):
-        reader = _package("smart_open.http", uri)
-        params = {
-            "session": _http_session(uri),
-            "timeout": TIMEOUT_SECONDS,
-            **(transport_params or {}),
-        }
-        stream = reader.open(uri.text, "rb", **params)
-        stream.response.raw.decode_content = True  # some servers compress though nobody asked
-        return stream  # type: ignore[no-any-return]
-
-
-@open_stream.register
-def _(uri: S3URI, transport_params: Params = None) -> BinaryIO:
-    with _explained(uri):
-        params = {**(transport_params or {}), "client": _s3_client(uri, transport_params)}
-        s3 = _package("smart_open.s3", uri)
-        return s3.open(uri.bucket, uri.key, "rb", uri.version_id, **params)  # type: ignore[no-any-return]
-
-
-@open_stream.register
-def _(uri: GCSURI, transport_params: Params = None) -> BinaryIO:
-    with _explained(uri):
-        params = {**(transport_params or {}), "client": _gcs_client(uri, transport_params)}
-        params.setdefault("get_blob_kwargs", {"generation": uri.generation})
-        return _package("smart_open.gcs", uri).open(uri.bucket, uri.name, "rb", **params)  # type: ignore[no-any-return]
-
-
-@open_stream.register
-def _(uri: AzureURI, transport_params: Params = None) -> BinaryIO:
-    with _explained(uri):
-        params = {**(transport_params or {}), "client": _azure_client(uri, transport_params)}
-        azure = _package("smart_open.azure", uri)
-        return azure.open(uri.container, uri.blob, "rb", **params)  # type: ignore[no-any-return]
-
-
-def _package(name: str, uri: URI) -> ModuleType:
-    """Import a package where it is used, or say what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as err:
-        needed = f"'anemoi-ckpt[{uri.extra}]'" if uri.extra else name
-        raise MissingPackageError(
-            uri, f"the package {name} is not installed", f"pip install {needed}"
-        ) from err
-
-
-# Clients are made once and reused: one for each process (sockets do not survive a fork) and for
-# each setting of the environment that the store's own chain of credentials reads.
-
-
-def _http_session(uri: URI) -> Any:
-    return _make_http_session(_package("requests", uri), os.getpid())
-
-
-@functools.lru_cache(maxsize=1)
-def _make_http_session(requests: ModuleType, _pid: int) -> Any:
-    session = requests.Session()
-    adapter = requests.adapters.HTTPAdapter(CONNECTIONS, CONNECTIONS, max_retries=0)
-    session.mount("https://", adapter)
-    session.mount("http://", adapter)
-    return session
-
-
-def _environment(*prefixes: str) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
-
-
-def _s3_client(uri: S3URI, params: Params) -> Any:
-    given = (params or {}).get("client")
-    return given or _make_s3_client(_package("boto3", uri), _environment("AWS_"), os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _make_s3_client(boto3: ModuleType, _environment: object, _pid: int) -> Any:
-    import botocore  # noqa: PLC0415 - comes with boto3
-    import botocore.config  # noqa: PLC0415
-
-    session = boto3.Session()
-    public = session.get_credentials() is None  # then only a public bucket will answer
-    return session.client(
-        "s3",
-        # boto3 asks for a region even where a store has none
-        region_name=session.region_name or "us-east-1",
-        config=botocore.config.Config(
-            max_pool_connections=CONNECTIONS,
-            connect_timeout=TIMEOUT_SECONDS,
-            read_timeout=TIMEOUT_SECONDS,
-            retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
-            signature_version=botocore.UNSIGNED if public else None,
-        ),
-    )
-
-
-def _gcs_client(uri: GCSURI, params: Params) -> Any:
-    given = (params or {}).get("client")
-    if given:
-        return given
-    storage = _package("google.cloud.storage", uri)
-    return _make_gcs_client(storage, _environment("GOOGLE_", "STORAGE_", "GCLOUD_"), os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _make_gcs_client(storage: ModuleType, _environment: object, _pid: int) -> Any:
-    import google.auth.exceptions  # noqa: PLC0415 - comes with google-cloud-storage
-
-    try:
-        return storage.Client()
-    except google.auth.exceptions.DefaultCredentialsError:
-        return storage.Client.create_anonymous_client()  # only a public bucket will answer
-
-
-def _azure_client(uri: AzureURI, params: Params) -> Any:
-    given = (params or {}).get("client")
-    if given:
-        return given
-    blob = _package("azure.storage.blob", uri)
-    return _make_azure_client(blob, uri, _environment("AZURE_"), os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _make_azure_client(
-    package: ModuleType, uri: AzureURI, environment: tuple[tuple[str, str], ...], _pid: int
-) -> Any:
-    settings = dict(environment)
-    options = {
-        "max_single_get_size": LONG_PART_BYTES,
-        "max_chunk_get_size": LONG_PART_BYTES,
-        "connection_timeout": TIMEOUT_SECONDS,
-        "read_timeout": TIMEOUT_SECONDS,
-        "retry_total": 0,  # one policy of retries for all places: ours
-    }
-    connection = settings.get("AZURE_STORAGE_CONNECTION_STRING")
-    account = settings.get("AZURE_STORAGE_ACCOUNT") or settings.get("AZURE_STORAGE_ACCOUNT_NAME")
-    name = uri.account_url and uri.account_url.split("://")[1].split(".")[0]
-    if connection and (not name or f"AccountName={name};" in f"{connection};"):
-        return package.BlobServiceClient.from_connection_string(connection, **options)
-    if not (uri.account_url or account):
-        raise AccessDeniedError(uri, "no storage account is named", uri.credentials)
-    url = uri.account_url or f"https://{account}.blob.core.windows.net"
-    # credentials of the environment belong to the environment's account, and to no other
-    known = _AZURE_HOST.fullmatch(url.removeprefix("https://")) is not None
-    own = known and account and url.startswith(f"https://{account}.")
-    key = settings.get("AZURE_STORAGE_KEY") or settings.get("AZURE_STORAGE_ACCOUNT_KEY")
-    credential = uri.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
-    if known and not credential:
-        credential = _azure_identity()
-    return package.BlobServiceClient(url, credential, **options)
-
-
-def _azure_identity() -> Any:
-    try:
-        return importlib.import_module("azure.identity").DefaultAzureCredential()
-    except ImportError:
-        return None  # then only a public container will answer
-
-
-# ── ranges ────────────────────────────────────────────────────────────────────────────────────
-
-
-@frozen
-class Version:
-    """Which object a read came from: its size in bytes, and its ETag, generation or the like."""
-
-    size: int
-    tag: str | None = None
-
-
-class Buffers:
-    """Writable buffers, filled one after the other as if they were one (as `os.preadv` does).
-
-    Knows how far it is, so that a read that broke off goes on with the first byte it missed.
-
-    >>> first, second = bytearray(2), bytearray(3)
-    >>> Buffers(first, second).readfrom(io.BytesIO(b"hello"))
-    >>> first, second
-    (bytearray(b'he'), bytearray(b'llo'))
-    """
-
-    def __init__(self, *buffers: Any, notify: Notify | None = None) -> None:
-        """Take buffers of bytes; `notify` is told how many bytes came, each time some did."""
-        self._rest = [memoryview(buffer).cast("B") for buffer in reversed(buffers) if len(buffer)]
-        self._notify = notify
-        self.size = sum(map(len, self._rest))
-        self.filled = 0
-
-    def readfrom(self, stream: Any) -> None:
-        """Fill from a stream with `readinto`, until full or the stream ends."""
-        while self._rest:
-            count = stream.readinto(self._rest[-1][:CHUNK_BYTES])
-            if not count:
-                return
-            self._advance(count)
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Take bytes that an SDK pushes; what is more than the buffers hold is left."""
-        view = memoryview(data)
-        while self._rest and view:
-            count = min(len(view), len(self._rest[-1]))
-            self._rest[-1][:count] = view[:count]
-            self._advance(count)
-            view = view[count:]
-        return len(data)
-
-    def _advance(self, count: int) -> None:
-        self._rest[-1] = self._rest[-1][count:]
-        if not self._rest[-1]:
-            self._rest.pop()
-        self.filled += count
-        if self._notify:
-            self._notify(count)
-
-
-class _UnrangedError(Exception):
-    """The place cannot give a part of an object: take it whole."""
-
-
-@functools.singledispatch
-def read_range(
-    uri: URI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    """Fill buffers with an object's bytes from `offset` on, and tell which object it was.
-
-    The default seeks in `open_stream`; each store has its own ranged GET.
-
-    Args:
-        uri: the place.
-        offset: the first byte; from the end if negative, and then the buffers' size.
-        buffers: what to fill. A body that ends early leaves them partly filled.
-        pin: what the first read told: the object must still be that one.
-        transport_params: as for `open_stream`.
-
-    Raises:
-        CheckpointError: as `open_stream`; ChangedError if the object is not the pinned one.
-    """
-    with _explained(uri), closing(open_stream(uri, transport_params)) as stream:
-        if not stream.seekable():
-            raise _UnrangedError
-        stream.seek(0, os.SEEK_END)
-        size = stream.tell()  # paramiko's seek tells nothing
-        version = _pinned(uri, Version(size), pin)
-        stream.seek(max(0, size + offset) if offset < 0 else min(offset, size))
-        buffers.readfrom(stream)
-        return version
-
-
-@read_range.register
-def _(
-    uri: LocalURI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    with open_stream(uri, transport_params) as stream, _explained(uri):
-        status = os.fstat(stream.fileno())
-        version = Version(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
-        _pinned(uri, version, pin)
-        stream.seek(max(0, version.size + offset) if offset < 0 else offset)
-        buffers.readfrom(stream)
-    return version
-
-
-@read_range.register
-def _(
-    uri: HTTPURI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    params = transport_params or {}
-    headers = {
-        "Accept-Encoding": "identity",  # ranges count the bytes that are stored
-        **(params.get("headers") or {}),
-        "Range": _range(offset, buffers),
-    }
-    if pin and pin.tag and pin.tag.startswith('"'):  # RFC 9110 13.1.1: strong ETags alone
-        headers["If-Match"] = pin.tag
-    options: dict[str, Any] = {"headers": headers, "stream": True, "cert": params.get("cert")}
-    options["timeout"] = params.get("timeout") or TIMEOUT_SECONDS
-    if "authorization" in map(str.lower, headers):
-        options["auth"] = _as_it_is  # else ~/.netrc would win
-    if "user" in params:
-        options["auth"] = (params["user"], params.get("password", ""))
-    session = params.get("session") or _http_session(uri)
-    with _explained(uri, pin), session.get(uri.text, **options) as reply:
-        reply.raise_for_status()
-        extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-        if reply.status_code != 206 or not extent or reply.headers.get("Content-Encoding"):  # noqa: PLR2004 - partial content
-            raise _UnrangedError
-        tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        version = _pinned(uri, Version(int(extent[2]), tag), pin)
-        if offset >= 0 and int(extent[1]) != offset:
-            raise _UnrangedError  # a range, but not the one that was asked for
-        _read_socket(reply.raw, buffers)
-    return version
-
-
-@read_range.register
-def _(
-    uri: S3URI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    options = {"Bucket": uri.bucket, "Key": uri.key, "Range": _range(offset, buffers)}
-    if pin and pin.tag:
-        options["IfMatch"] = pin.tag
-    if uri.version_id:
-        options["VersionId"] = uri.version_id
-    with _explained(uri, pin):
-        reply = _s3_client(uri, transport_params).get_object(**options)
-        with closing(reply["Body"]) as body:
-            if "ContentRange" not in reply:  # some stores that speak S3 ignore Range
-                raise _UnrangedError
-            size = int(reply["ContentRange"].rpartition("/")[2])
-            version = _pinned(uri, Version(size, reply["ETag"]), pin)
-            _read_socket(getattr(body, "_raw_stream", body), buffers)
-    return version
-
-
-@read_range.register
-def _(
-    uri: GCSURI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    with _explained(uri, pin):
-        client = _gcs_client(uri, transport_params)
-        blob = client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
-        if pin is None:
-            blob.reload(timeout=TIMEOUT_SECONDS, retry=None)
-            pin = Version(blob.size, str(blob.generation))
-        if pin.size:
-            start = max(0, pin.size + offset) if offset < 0 else offset
-            blob.download_to_file(
-                buffers,
-                start=start,
-                end=min(start + buffers.size - buffers.filled, pin.size) - 1,
-                raw_download=True,
-                if_generation_match=int(pin.tag or 0),
-                checksum=None,  # a range has none; the archive's CRCs are checked
-                timeout=TIMEOUT_SECONDS,
-                retry=None,
-            )
-    return pin
-
-
-@read_range.register
-def _(
-    uri: AzureURI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,
-    transport_params: Params = None,
-) -> Version:
-    conditions = _package("azure.core", uri).MatchConditions
-    with _explained(uri, pin):
-        blob = _azure_client(uri, transport_params).get_blob_client(uri.container, uri.blob)
-        if offset < 0:  # Azure knows no suffix ranges
-            known = blob.get_blob_properties()
-            pin = _pinned(uri, Version(known.size, known.etag), pin)
-            offset = max(0, pin.size + offset)
-        match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
-        length = buffers.size - buffers.filled
-        reply = blob.download_blob(offset=offset, length=length, max_concurrency=1, **match)
-        total = int(reply.properties.content_range.rpartition("/")[2])
-        version = _pinned(uri, Version(total, reply.properties.etag), pin)
-        reply.readinto(buffers)
-    return version
-
-
-def _as_it_is(request: Any) -> Any:
-    """Authorize a request no further."""
-    return request
-
-
-def _read_socket(reply: Any, buffers: Buffers) -> None:
-    """Fill buffers from the socket beneath urllib3's reply, which itself would copy each byte."""
-    socket = getattr(reply, "_fp", None)
-    if not isinstance(socket, http.client.HTTPResponse):
-        buffers.readfrom(reply)
-        return
-    buffers.readfrom(socket)
-    if socket.isclosed():  # at its end: the connection can be used again
-        reply.release_conn()
-
-
-def _range(offset: int, buffers: Buffers) -> str:
-    """Write the value of a Range header (RFC 9110 14.1.2)."""
-    length = buffers.size - buffers.filled
-    return f"bytes=-{length}" if offset < 0 else f"bytes={offset}-{offset + length - 1}"
-
-
-def _pinned(uri: URI, version: Version, pin: Version | None) -> Version:
-    if pin is not None and version != pin:
-        raise ChangedError(
-            uri,
-            f"the object was replaced while it was read ({pin.tag or pin.size} is now "
-            f"{version.tag or version.size})",
-            "load it again, once it is no longer written to",
-        )
-    return version
-
-
-# What a store's own exception means. Every SDK's carries the HTTP status, under its own name.
-
-_NO_CREDENTIALS = {
-    "ClientAuthenticationError",
-    "CredentialRetrievalError",
-    "CredentialUnavailableError",
-    "DefaultCredentialsError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "RefreshError",
-    "TokenRetrievalError",
-    "UnauthorizedSSOTokenError",
-}
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
-_NETWORK = {"azure", "botocore", "google", "http", "requests", "socket", "ssl", "urllib3"}
-
-
-@contextmanager
-def _explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
-    """Turn whatever a store raises into a `CheckpointError` that it caused."""
-    try:
-        yield
-    except (CheckpointError, _UnrangedError):
-        raise
-    except Exception as err:  # no SDK names all that it raises
-        if isinstance(uri, LocalURI) and isinstance(err, OSError):
-            raise _explain_local(uri, err) from err
-        raise _explain(uri, err, pin) from _without_secrets(err)
-
-
-def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
-    status, code = _status(err)
-    said = f"{type(err).__name__}: {err}" if not status else f"the server answered {status} {code}"
-    denied = isinstance(err, PermissionError) or type(err).__name__ in _NO_CREDENTIALS
-    if denied or status in (401, 403) or code in _EXPIRED:
-        for make in (_make_s3_client, _make_gcs_client, _make_azure_client):
-            make.cache_clear()  # the next call looks for credentials anew
-        return AccessDeniedError(uri, f"access is denied ({said})", uri.credentials)
-    if pin and status in (404, 410, 412, 416):
-        return ChangedError(
-            uri, f"the object was replaced or removed while it was read ({said})", "load it again"
-        )
-    if status in (404, 410) or isinstance(err, FileNotFoundError):
-        return CheckpointNotFoundError(
-            uri, f"there is no such object ({said})", "check the name for typing errors"
-        )
-    if status == 416:  # noqa: PLR2004 - no first byte: RFC 9110 15.5.17
-        return _empty(uri)
-    busy = status in (408, 429) or status >= 500  # noqa: PLR2004 - server errors
-    package = type(err).__module__.partition(".")[0]
-    if busy or (not status and (isinstance(err, OSError | EOFError) or package in _NETWORK)):
-        remedy = "check the host, the endpoint and the network, or try again later"
-        problem = UnreachableError(uri, f"no useful answer ({said})", remedy)
-        problem.retry_after = _retry_after(err)
-        return problem
-    return CheckpointError(uri, said, "see the error above, which caused this one")
-
-
-def _empty(uri: URI) -> CheckpointError:
-    return NotACheckpointError(uri, "the file is empty", "was its upload or download complete?")
-
-
-def _explain_local(uri: LocalURI, err: OSError) -> CheckpointError:
-    path = Path(uri.path)
-    if isinstance(err, IsADirectoryError):
-        return InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
-    if isinstance(err, PermissionError):
-        return AccessDeniedError(uri, "the file may not be read", uri.credentials)
-    if not isinstance(err, FileNotFoundError | NotADirectoryError):
-        return CheckpointError(uri, f"{err.strerror or err}", "check the disk")
-    if not path.parent.is_dir():
-        return CheckpointNotFoundError(
-            uri, f"the directory {path.parent} does not exist", "check the path"
-        )
-    names = [other.name for other in path.parent.iterdir()]
-    similar = difflib.get_close_matches(path.name, names, n=3)
-    remedy = f"is it one of these: {', '.join(similar)}?" if similar else "check the name"
-    return CheckpointNotFoundError(uri, "there is no such file", remedy)
-
-
-def _status(err: Any) -> tuple[int, str]:
-    """Read the HTTP status and the store's own error code out of an SDK's exception."""
-    reply = getattr(err, "response", None)
-    if isinstance(reply, dict):  # botocore
-        status = reply.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return int(status), str(reply.get("Error", {}).get("Code", ""))
-    status = getattr(err, "status_code", None) or getattr(err, "code", None)  # azure, google
-    status = status or getattr(reply, "status_code", None)  # requests
-    code = getattr(err, "error_code", None) or getattr(reply, "reason", None) or ""
-    return (int(status), str(code)) if isinstance(status, int) else (0, "")
-
-
-def _retry_after(err: Any) -> float:
-    """Read the seconds of a Retry-After header (RFC 9110 10.2.3)."""
-    reply = getattr(err, "response", None)
-    if isinstance(reply, dict):
-        headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    else:
-        headers = getattr(reply, "headers", None) or {}
-    text = str(headers.get("retry-after") or headers.get("Retry-After") or "")
-    return float(text) if text.isdecimal() else 0.0
-
-
-def _without_secrets(err: BaseException) -> BaseException:
-    """Give back the error, or a likeness of it if it or its causes show a secret."""
-    link: BaseException | None = err
-    while link is not None:
-        if redact(str(link)) != str(link):
-            return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
-        link = link.__cause__ or link.__context__
-    return err
 
 
 # ── sources ───────────────────────────────────────────────────────────────────────────────────
@@ -1045,9 +254,9 @@ def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
         last = pool.submit(unpinned.read, -BLOCK_BYTES, [tail])
         version = unpinned.read(0, [head])
         if version.size > BLOCK_BYTES:  # else the first block is all there is
-            _pinned(uri, last.result(), version)
+            pinned(uri, last.result(), version)
     if not version.size:
-        raise _empty(uri)
+        raise empty_file(uri)
     source = _Source(uri, version, transport_params, unpinned.moved)
     blocks = {0: memoryview(head)[: version.size]}
     if version.size > BLOCK_BYTES:
@@ -1058,27 +267,28 @@ def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
 def _hold(uri: URI, data: bytes | bytearray) -> tuple[_Source, _Blocks]:
     """Make a source of bytes in memory."""
     if not data:
-        raise _empty(uri)
+        raise empty_file(uri)
     view = memoryview(data)
     source = _Source(_HeldURI(uri.text, view), Version(len(view)))
     return source, _Blocks(source, {0: view})
 
 
-def _stream_whole(uri: URI, transport_params: Params, notify: Notify) -> bytearray:
+def _stream_whole(uri: URI, transport_params: Params, progress: Progress) -> bytearray:
     """Take all of an object that comes in no parts."""
     attempt = 0
-    while True:
-        data = bytearray()
-        try:
-            with _explained(uri), closing(open_stream(uri, transport_params)) as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    data += chunk
-                    notify(len(chunk))
-        except UnreachableError as err:
-            attempt += 1
-            _wait(attempt, err)
-        else:
-            return data
+    with _shown(uri, None, progress) as notify:
+        while True:
+            data = bytearray()
+            try:
+                with explained(uri), closing(open_stream(uri, transport_params)) as stream:
+                    while chunk := stream.read(CHUNK_BYTES):
+                        data += chunk
+                        notify(len(chunk))
+            except UnreachableError as err:
+                attempt += 1
+                _wait(attempt, err)
+            else:
+                return data
 
 
 def _wait(attempt: int, problem: UnreachableError) -> None:
@@ -1094,16 +304,14 @@ def _wait(attempt: int, problem: UnreachableError) -> None:
 def _read_whole(source: _Source, progress: Progress) -> bytearray:
     """Take all of an object, in parallel parts."""
     data = bytearray(source.size)
+    whole = memoryview(data)
+    size = _part_bytes(source, source.size)
     with _shown(source.uri, source.size, progress) as notify:
-        _in_parallel(
-            [
-                functools.partial(source.read, offset, [view for view, _ in pieces], notify)
-                for offset, pieces in _cut(
-                    0, [(memoryview(data), "")], _part_bytes(source, source.size)
-                )
-            ],
-            source.uri.connections,
-        )
+        tasks = [
+            functools.partial(source.read, offset, [whole[offset : offset + size]], notify)
+            for offset in range(0, source.size, size)
+        ]
+        _in_parallel(tasks, source.uri.connections)
     return data
 
 
@@ -1321,9 +529,8 @@ def _load(
         source, blocks = _open_source(place, transport_params)
         checkpoint = _read_checkpoint(place, source, blocks, strategies, progress)
         return _Loaded(checkpoint, sum(source.moved), source.size)
-    except _UnrangedError:
-        with _shown(place, None, progress) as notify:
-            data = _stream_whole(place, transport_params, notify)
+    except UnrangedError:
+        data = _stream_whole(place, transport_params, progress)
         checkpoint = _read_checkpoint(place, *_hold(place, data), strategies, progress=False)
         return _Loaded(checkpoint, len(data), len(data))
 
@@ -1376,9 +583,8 @@ def _survivors(
                 result = _applied(source.uri, strategies, result)
             gc.collect(1)  # what was dropped may hang in a cycle
             needed = ledger.origins() & absent
-            if not needed and absent and _has_hollow(result):  # made like one, of its device
-                needed = absent
-            if absent and ledger.asked:  # for values, and a strategy went on without
+            # asked for values, and a strategy went on without; or made like a hollow one
+            if absent and (ledger.asked or (not needed and _has_hollow(result))):
                 needed = absent
         except Exception as err:
             if not (absent and (ledger.asked or asks_for_values(err))):
@@ -1403,7 +609,7 @@ def _compression(uri: URI) -> str:
 
 
 def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
-    compression = _package("smart_open.compression", uri)
+    compression = imported("smart_open.compression", uri)
     try:
         with compression.compression_wrapper(io.BytesIO(data), "rb", compression=suffix) as stream:
             return bytes(stream.read())
@@ -1490,9 +696,8 @@ def download(
         try:
             _copy(place, part, transport_params, progress)
             part.replace(target)
-        except _UnrangedError:  # what is under way may still write to the part
-            with _shown(place, None, progress) as notify:
-                whole.write_bytes(_stream_whole(place, transport_params, notify))
+        except UnrangedError:  # what is under way may still write to the part
+            whole.write_bytes(_stream_whole(place, transport_params, progress))
             whole.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import pytest
 import requests
 import torch
 
+import _ckpt_places
 import anemoi_ckpt
 import servers
 import strategies
@@ -128,7 +129,7 @@ def test_readme_place_of_ones_own(tmp_path: Path) -> None:
             with pytest.raises(CheckpointNotFoundError, match=r"me:\*\*\*@|\*\*\*@127"):
                 load(f"{place}/nothing.ckpt")
     finally:
-        anemoi_ckpt._PARSERS.pop("sftp", None)
+        _ckpt_places._PARSERS.pop("sftp", None)
 
 
 def test_readme_names_what_there_is() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import _ckpt_places
 import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
@@ -141,7 +142,7 @@ def test_a_scheme_of_ones_own_needs_a_parser_and_a_handler(tmp_path: Path) -> No
         assert load("memory://a") == {"a": 1}
         assert load("MEMORY://a") == {"a": 1}
     finally:
-        del anemoi_ckpt._PARSERS["memory"]
+        del _ckpt_places._PARSERS["memory"]
     with pytest.raises(ValueError, match="'c' is no scheme"):
         register_scheme("c", MemoryURI)  # that is a drive of Windows
 
@@ -557,10 +558,10 @@ def test_a_reply_that_has_no_socket_and_one_that_is_longer_than_asked(http_serve
     import requests
 
     buffer = bytearray(3)
-    anemoi_ckpt._read_socket(io.BytesIO(b"abcdef"), Buffers(buffer))
+    _ckpt_places._read_socket(io.BytesIO(b"abcdef"), Buffers(buffer))
     assert buffer == b"abc"
     with requests.get(http_server.put("a", b"xyzxyz"), stream=True, timeout=5) as reply:
-        anemoi_ckpt._read_socket(reply.raw, Buffers(buffer))
+        _ckpt_places._read_socket(reply.raw, Buffers(buffer))
         assert buffer == b"xyz"
 
 
@@ -651,9 +652,9 @@ def test_a_wrong_bucket(place) -> None:
 def test_a_client_of_ones_own(place, monkeypatch) -> None:
     uri = place.put("a.ckpt", as_bytes({"a": 1}))
     clients = {
-        "s3": anemoi_ckpt._s3_client,
-        "gcs": anemoi_ckpt._gcs_client,
-        "azure": anemoi_ckpt._azure_client,
+        "s3": _ckpt_places._s3_client,
+        "gcs": _ckpt_places._gcs_client,
+        "azure": _ckpt_places._azure_client,
     }
     client = clients[place.kind](parse_uri(uri), None)
     for name in list(place.store.environment):
@@ -668,9 +669,9 @@ def test_a_client_of_ones_own(place, monkeypatch) -> None:
 def test_clients_are_made_once_for_a_setting_of_the_environment(place, monkeypatch) -> None:
     uri = parse_uri(place.missing())
     make = {
-        "s3": anemoi_ckpt._s3_client,
-        "gcs": anemoi_ckpt._gcs_client,
-        "azure": anemoi_ckpt._azure_client,
+        "s3": _ckpt_places._s3_client,
+        "gcs": _ckpt_places._gcs_client,
+        "azure": _ckpt_places._azure_client,
     }[place.kind]
     client = make(uri, None)
     assert make(uri, None) is client
@@ -728,7 +729,7 @@ def test_a_generation_of_an_object_in_gcs(gcs_store, monkeypatch) -> None:
 
 
 def test_gcs_without_credentials_is_anonymous(monkeypatch) -> None:
-    client = anemoi_ckpt._gcs_client(parse_uri("gs://bucket/a"), None)
+    client = _ckpt_places._gcs_client(parse_uri("gs://bucket/a"), None)
     assert client._credentials.token is None
 
 
@@ -790,7 +791,7 @@ def test_credentials_of_azure(text, environment, url, credential, monkeypatch) -
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    client = anemoi_ckpt._azure_client(parse_uri(text), None)
+    client = _ckpt_places._azure_client(parse_uri(text), None)
     assert client.url == url
     policy = client._pipeline._impl_policies if credential else []
     assert (type(client.credential).__name__ if client.credential else None) == credential
@@ -803,9 +804,9 @@ def test_azure_identity_where_it_is_installed(monkeypatch, mocker) -> None:
         "Token", [], bases=(), slots=False
     )
     monkeypatch.setitem(sys.modules, "azure.identity", identity)
-    assert anemoi_ckpt._azure_identity().__name__ == "Token"
+    assert _ckpt_places._azure_identity().__name__ == "Token"
     monkeypatch.setitem(sys.modules, "azure.identity", None)
-    assert anemoi_ckpt._azure_identity() is None
+    assert _ckpt_places._azure_identity() is None
 
 
 def test_azure_without_an_account(monkeypatch) -> None:
