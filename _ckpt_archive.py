@@ -1,38 +1,31 @@
-"""What torch's zip archive holds, and how to build its checkpoint with any storage left out.
+"""What torch's and safetensors' files hold, and where in them each storage lies.
 
-Knows the format, and nothing of places: it reads any seekable file.
-directory · hollow
+Knows the formats, and nothing of places: it reads any seekable file.
+zip · pickles of old · safetensors
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
+import json
+import math
 import re
 import struct
-import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
-from attrs import frozen
-from torch._weights_only_unpickler import (
-    Unpickler,
-    _get_allowed_globals,
-    _get_user_allowed_globals,
-    get_globals_in_pkl,
-)
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from attrs import field, frozen
 from zlib_ng import zlib_ng
 
 from _ckpt_errors import CheckpointError, CorruptError, NotACheckpointError, UnsafeCheckpointError
+from _ckpt_inert import ForbiddenGlobalError, Inert, StorageOf, Trust, unpickle
 
-# ── directory ──────────────────────────────────────────────────────────────────────────────────
-#
-# A torch zip (PyTorch's "Serialization semantics" note; PKWARE's APPNOTE for the zip) stores the
-# pickle as `<root>/data.pkl` and each storage, uncompressed, as `<root>/data/<key>`.
+Names = dict[str, bool]  # classes and functions that a pickle names: are they inert?
 
 
 @frozen
@@ -40,7 +33,7 @@ class Record:
     """Where one storage's bytes lie. All in bytes."""
 
     name: str
-    header: int  # offset of the local header (APPNOTE 4.3.7)
+    header: int  # offset of the local header (APPNOTE 4.3.7), or of the bytes where none is
     start: int  # offset of the bytes: only the local header knows, this is what torch writes
     size: int
     crc: int | None  # CRC-32, None where the archive was written without
@@ -51,9 +44,23 @@ class Archive:
     """A checkpoint that can be built with any of its storages left out."""
 
     place: object
+    format: str
     records: Mapping[str, Record]  # by storage key
-    pickle: bytes
-    byteorder: str
+    assemble: Callable[[StorageOf, Trust, Names], Any] = field(repr=False)
+    byteorder: str = "little"
+    members: Mapping[str, Record] = field(factory=dict, repr=False)  # all of a zip's, by name
+    file: BinaryIO | None = field(default=None, repr=False)  # to read members from
+    notes: Mapping[str, str] = field(factory=dict)  # what the file says of itself
+
+
+# ── zip ────────────────────────────────────────────────────────────────────────────────────────
+#
+# A torch zip (PyTorch's "Serialization semantics" note; PKWARE's APPNOTE for the zip) stores the
+# pickle as `<root>/data.pkl` and each storage, uncompressed, as `<root>/data/<key>`. TorchScript's
+# has the module there, and `<root>/code/…` and `<root>/constants.pkl` beside it.
+
+LOCAL_SIGNATURE = b"PK\x03\x04"
+_LOCAL_HEADER = struct.Struct("<26xHH")  # …, length of name, length of extra field (APPNOTE 4.3.7)
 
 
 def read_directory(place: object, file: BinaryIO) -> zipfile.ZipFile:
@@ -109,7 +116,7 @@ def _refuse_bomb(place: object, size: int, claimed: int) -> None:
         raise CorruptError(place, f"{size} bytes claim to be {claimed} unpacked", "do not trust it")
 
 
-def read_archive(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archive:
+def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archive:
     """Read the pickle, and where each storage lies.
 
     Raises:
@@ -122,24 +129,102 @@ def read_archive(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> A
         raise NotACheckpointError(
             place, "a zip archive without one data.pkl in it", "give a file that torch.save wrote"
         )
+    if len(infos) < len(directory.filelist):
+        raise CorruptError(place, "two records have the same name", "do not trust it")
     root = found[0].removesuffix("data.pkl")
     # torch.serialization.set_crc32_options(False) leaves every CRC at zero
     checked = any(info.CRC for info in infos.values())
     headers = sorted(info.header_offset for info in infos.values())
     ends = dict(zip(headers, [*headers[1:], directory.start_dir], strict=True))
-    records = {
+    members = {
         name: _record(place, info, ends[info.header_offset], checked=checked)
         for name, info in infos.items()
-        if name.startswith(f"{root}data/") or name in (found[0], f"{root}byteorder")
     }
-    data = _small_record(place, file, records.pop(found[0]))
-    byteorder = records.pop(f"{root}byteorder", None)
+    data = f"{root}data/"
+    text = functools.partial(_text_record, place, file, members, root)
+    scripted = f"{root}constants.pkl" in members
+    pickled = read_record(place, file, members[found[0]])
+    assemble = functools.partial(_unpickled, pickled)
+    if scripted:
+        code = [
+            name for name in members if name.startswith(f"{root}code/") and name.endswith(".py")
+        ]
+        names = _script_names("\n".join(text(name.removeprefix(root)) for name in code))
+        assemble = functools.partial(_script_weights, assemble, names)
     return Archive(
         place,
-        {name.removeprefix(f"{root}data/"): record for name, record in records.items()},
-        data,
-        _small_record(place, file, byteorder).decode("ascii", "replace") if byteorder else "little",
+        "TorchScript" if scripted else "torch zip",
+        {name.removeprefix(data): each for name, each in members.items() if name.startswith(data)},
+        assemble,
+        text("byteorder") or "little",
+        members,
+        file,
     )
+
+
+def _unpickled(pickled: bytes, storage_of: StorageOf, trust: Trust, names: Names) -> Any:
+    return unpickle(io.BytesIO(pickled), storage_of, trust, names)
+
+
+def _text_record(
+    place: object, file: BinaryIO, members: Mapping[str, Record], root: str, name: str
+) -> str:
+    record = members.get(root + name)
+    return read_record(place, file, record).decode("utf-8", "replace") if record else ""
+
+
+def read_record(place: object, file: BinaryIO, record: Record) -> bytes:
+    """Read one record whole, as a rule in one read, and check it.
+
+    Raises:
+        CorruptError: there is none, or not the one that was written.
+    """
+    file.seek(record.header)
+    data = file.read(record.start + record.size - record.header)
+    start = data_start(place, record, data)
+    if start != record.start:  # not laid out as by torch
+        file.seek(start)
+        data = file.read(record.size)
+    data = data[-record.size :] if record.size else b""
+    check(place, record, data)
+    return data
+
+
+# TorchScript (torch/csrc/jit/docs/serialization.md): the pickle is the tree of modules, each an
+# object of a class that `code/` declares, with its parameters and buffers among its attributes.
+
+_SCRIPT_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:  .*\n|\n)*)", re.MULTILINE)
+_SCRIPT_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
+
+
+def _script_names(code: str) -> dict[str, list[str]]:
+    """Give what of each class is a parameter or a buffer."""
+    return {
+        name: re.findall(r'"([^"]*)"', ",".join(_SCRIPT_NAMES.findall(body)))
+        for name, body in _SCRIPT_CLASS.findall(code)
+    }
+
+
+def _script_weights(
+    assemble: Any,
+    known: Mapping[str, list[str]],
+    storage_of: StorageOf,
+    trust: Trust,  # noqa: ARG001 - its classes are code in the archive, which is never run
+    names: Names,
+) -> dict[str, Any]:
+    """Give the state dict of a module that TorchScript wrote."""
+    found: dict[str, Any] = {}
+    todo = [("", assemble(storage_of, {}, names))]
+    while todo:
+        prefix, module = todo.pop()
+        kind = module.inert_class.rpartition(".")[2]
+        state = module._inert_state  # noqa: SLF001 - as written
+        for name in known.get(kind, ()):
+            if isinstance(state.get(name), torch.Tensor):
+                found[prefix + name] = state[name]
+        children = [(f"{prefix}{k}.", v) for k, v in state.items() if isinstance(v, Inert)]
+        todo += reversed([each for each in children if each[1]._inert_state is not None])  # noqa: SLF001
+    return found
 
 
 def _record(place: object, info: zipfile.ZipInfo, end: int, *, checked: bool) -> Record:
@@ -157,18 +242,6 @@ def _record(place: object, info: zipfile.ZipInfo, end: int, *, checked: bool) ->
     start = max(first, end - descriptor - info.file_size)
     crc = info.CRC if checked else None
     return Record(info.filename, info.header_offset, start, info.file_size, crc)
-
-
-LOCAL_SIGNATURE = b"PK\x03\x04"
-_LOCAL_HEADER = struct.Struct("<26xHH")  # …, length of name, length of extra field (APPNOTE 4.3.7)
-
-
-def _small_record(place: object, file: BinaryIO, record: Record) -> bytes:
-    file.seek(record.header)
-    file.seek(data_start(place, record, file.read(_LOCAL_HEADER.size)))
-    data = file.read(record.size)
-    check(place, record, data)
-    return data
 
 
 def data_start(place: object, record: Record, header: Any) -> int:
@@ -198,174 +271,201 @@ def check(place: object, record: Record, data: Any) -> None:
         )
 
 
-# ── hollow ──────────────────────────────────────────────────────────────────────────────────────
+# ── pickles of old ─────────────────────────────────────────────────────────────────────────────
+#
+# torch before 1.6 (torch.serialization._legacy_save) wrote pickles in a row: a magic number, a
+# version, facts of the system, the checkpoint, the keys of its storages in the order of the file.
+# Then come the storages, each behind the count of its elements in eight bytes.
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_COUNT_BYTES = 8
 
 
-class HollowError(Exception):
-    """A checkpoint holds something that cannot be built without its values."""
+def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
+    """Read the pickles, and where each storage lies.
 
-
-def asks_for_values(err: Exception) -> bool:
-    """Tell whether an error came of a tensor's being on the meta device."""
-    if isinstance(err, HollowError | NotImplementedError):
-        return True
-    said = re.search(r"\bmeta\b|unallocated storage", str(err), re.IGNORECASE)
-    return isinstance(err, RuntimeError | TypeError | ValueError) and said is not None
-
-
-class Ledger(TorchDispatchMode):
-    """Knows of every living storage which records its values come from.
-
-    Also lets a strategy mix hollow tensors with real ones: what it computes is then hollow.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch has no annotation here
-        self._entries: dict[int, tuple[StorageWeakRef, set[str]]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}  # by storage key
-        self.asked = False  # for what a hollow tensor cannot tell
-
-    def enter(self, storage: Any, keys: Iterable[str]) -> None:
-        """Note that the values of a storage come from these records, too."""
-        # a weak reference keeps the address from being given to another storage
-        entry = self._entries.get(storage._cdata) or (StorageWeakRef(storage), set())  # noqa: SLF001 - as torch.multiprocessing does
-        self._entries[storage._cdata] = entry  # noqa: SLF001
-        entry[1].update(keys)
-
-    def origins(self) -> set[str]:
-        """Give the records that living storages have their values from."""
-        return {key for ref, keys in self._entries.values() if not ref.expired() for key in keys}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and enter what it made."""
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        keys = {
-            key
-            for tensor in given
-            for storage in _storages(tensor)
-            if storage._cdata in self._entries  # noqa: SLF001
-            for key in self._entries[storage._cdata][1]  # noqa: SLF001
-        }
-        if not keys:
-            return func(*args, **kwargs)
-        schema = func._schema  # noqa: SLF001 - what tells that an operation writes
-        written = [
-            args[place] if place < len(args) else kwargs.get(argument.name)
-            for place, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        if any(tensor.is_meta for tensor in given):
-            args, kwargs = tree_map(_hollow, (args, kwargs))
-            try:
-                result = func(*args, **kwargs)
-            except (RuntimeError, NotImplementedError):
-                self.asked = True
-                raise
-            if written and isinstance(written[0], torch.Tensor) and not written[0].is_meta:
-                result = written[0]  # a real tensor stays real; its values come later
-        else:
-            result = func(*args, **kwargs)
-        for tensor in filter(torch.is_tensor, tree_leaves((result, written))):
-            for storage in _storages(tensor):
-                self.enter(storage, keys)
-        return result
-
-
-def _hollow(leaf: Any) -> Any:
-    """Put a tensor, or a device that an operation is to move to, on the meta device."""
-    if isinstance(leaf, torch.device):
-        return torch.device("meta")
-    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _storages(tensor: torch.Tensor) -> list[Any]:
-    """Give all storages of a tensor: a sparse one has several."""
-    if tensor.layout is torch.strided:
-        return [tensor.untyped_storage()]
-    if tensor.layout is torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]  # noqa: SLF001 - the public ones want it coalesced
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    else:
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [part.untyped_storage() for part in parts]
-
-
-def build(
-    archive: Archive, storages: Mapping[str, Any], fresh: Mapping[str, Any], ledger: Ledger
-) -> Any:
-    """Unpickle a checkpoint with torch's restricted unpickler, on the storages that are there.
-
-    All others are on the meta device. The fresh ones among them are still in the byte order of
-    the archive. Each is entered in the ledger under its record's key.
+    Args:
+        place: for errors.
+        file: a buffered one, at its start.
+        size: of the file, in bytes.
 
     Raises:
-        HollowError: something cannot be built without its values (a quantized tensor, say).
-        UnsafeCheckpointError: it names what torch does not allow.
-        CorruptError: the pickle makes no sense, or does not agree with the records.
+        NotACheckpointError: a pickle, but not torch's.
+        CorruptError: it makes no sense, or is not as long as it says.
     """
-    place = archive.place
-    loaded: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
 
-    def storage_of(saved: tuple[Any, ...]) -> Any:
-        """Answer a persistent id: ("storage", type, key, location, count of elements)."""
-        _, kind, key, _, count = saved
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        size = count * torch._utils._element_size(dtype)  # noqa: SLF001 - as torch.load does
-        record = archive.records.get(key)
-        if record is None or record.size != size:
-            held = f"holds {record.size} bytes" if record else "is missing"
-            raise CorruptError(
-                place, f"record data/{key} {held}, its tensor has {size}", "fetch the file anew"
-            )
-        if key not in loaded:
-            storage = storages.get(key)
-            if storage is None:
-                storage = torch.UntypedStorage(size, device="meta")
-            loaded[key] = torch.storage.TypedStorage(
-                wrap_storage=storage, dtype=dtype, _internal=True
-            )
-            ledger.enter(storage, [key])
-            ledger.dtypes[key] = dtype
-        return loaded[key]
+    def measured(pid: Any) -> Any:
+        if pid[0] == "module":
+            return pid[1]
+        kind, key, count = storage_id(pid)
+        sizes[key] = count * torch._utils._element_size(kind)  # noqa: SLF001 - as torch.load does
+        if sum(sizes.values()) > size:
+            raise ValueError(f"its storages have more than the {size} bytes of the file")
+        # a real one, for what cannot be built without; its memory is not touched
+        return torch.storage.TypedStorage(
+            wrap_storage=torch.UntypedStorage(sizes[key]), dtype=kind, _internal=True
+        )
 
-    unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
-    unpickler.persistent_load = storage_of  # type: ignore[method-assign]
+    def none(pid: Any) -> Any:
+        raise ValueError(f"a storage ({pid!r}) where none belongs")
+
+    with unreadable(place, "its pickle"):
+        magic = unpickle(file, none, trust={})
+        if magic != _MAGIC:
+            raise NotACheckpointError(
+                place, "a pickle, but not one of torch.save", "write it with torch.save"
+            )
+        _version, system = unpickle(file, none, trust={}), unpickle(file, none, trust={})
+        begin = file.tell()
+        unpickle(file, measured, trust={})
+        end = file.tell()
+        keys = unpickle(file, none, trust={})
+        offsets = itertools.accumulate(
+            (sizes[key] + _COUNT_BYTES for key in keys), initial=file.tell() + _COUNT_BYTES
+        )
+        records = {
+            key: Record(f"storage {key}", offset, offset, sizes[key], None)
+            for key, offset in zip(keys, offsets, strict=False)
+        }
+        length = file.tell() + sum(sizes[key] + _COUNT_BYTES for key in keys)
+        if length != size or records.keys() != sizes.keys():
+            raise ValueError(f"{length} bytes are needed, the file has {size}")
+        file.seek(begin)
+        pickled = file.read(end - begin)
+    order = "little" if system["little_endian"] else "big"
+    return Archive(
+        place, "torch legacy", records, functools.partial(_unpickled, pickled), byteorder=order
+    )
+
+
+@contextmanager
+def unreadable(place: object, what: str) -> Iterator[None]:
+    """Say why a part of a file could not be read, whatever it came to."""
     try:
-        checkpoint = unpickler.load()
-        torch._utils._validate_loaded_sparse_tensors()  # noqa: SLF001 - as torch.load does
+        yield
     except CheckpointError:
         raise
+    except ForbiddenGlobalError as err:
+        raise UnsafeCheckpointError(
+            place,
+            f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
+            "do not trust it; trust=True would run it",
+        ) from err
     except Exception as err:
-        hollow = len(storages) < len(archive.records)
-        raise _explain(archive, err, hollow=hollow) from err
-    finally:
-        torch._utils._sparse_tensors_to_validate.clear()  # noqa: SLF001 - a failed one leaves some
-    if archive.byteorder != sys.byteorder:
-        for key in fresh.keys() & ledger.dtypes.keys():
-            fresh[key].byteswap(ledger.dtypes[key])
-    return checkpoint
+        raise CorruptError(
+            place, f"{what} cannot be read ({err!r})", "fetch or write the file anew"
+        ) from err
 
 
-def _explain(archive: Archive, err: Exception, *, hollow: bool) -> Exception:
-    """Say why a pickle could not be loaded."""
-    unsafe = unsafe_globals(archive.pickle)
-    if unsafe:
-        return UnsafeCheckpointError(
-            archive.place,
-            f"it names what torch does not know to be safe: {', '.join(unsafe)}",
-            "allow what you trust with torch.serialization.add_safe_globals([…])",
+def storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
+    """Read a persistent id: ("storage", type, key, location, count of elements, view).
+
+    Raises:
+        ValueError: it is another.
+    """
+    what, kind, key, _, count, *view = pid
+    if what != "storage" or any(view) or type(count) is not int or count < 0:
+        raise ValueError(f"a persistent id that is no storage's ({pid!r})")
+    return (torch.uint8 if kind is torch.UntypedStorage else kind.dtype), str(key), count
+
+
+# ── safetensors ────────────────────────────────────────────────────────────────────────────────
+#
+# Eight bytes little-endian: the length of a JSON header; the header: name → dtype, shape, offsets
+# from its end on (safetensors' README, "Format"); then the tensors, without gaps.
+
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def looks_like_safetensors(start: bytes) -> bool:
+    """Tell from a file's first bytes whether it means to be one."""
+    return start[8:10] in (b'{"', b"{}")
+
+
+def read_safetensors(place: object, file: BinaryIO, size: int) -> Archive:
+    """Read the header.
+
+    Args:
+        place: for errors.
+        file: at its start.
+        size: of the file, in bytes.
+
+    Raises:
+        CorruptError: it makes no sense, or does not agree with the file.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, _HEADER_LIMIT):
+        raise CorruptError(
+            place, f"its header claims {length} bytes of {size}", "was its upload complete?"
         )
-    if isinstance(err, RuntimeError) and hollow:
-        return HollowError(err)
-    return CorruptError(archive.place, f"its pickle cannot be read ({err!r})", "fetch it anew")
+    with unreadable(place, "its header"):
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        notes = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        records = {}
+        end = 8 + length
+        for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[told["dtype"]], tuple(told["shape"])
+            first, last = (8 + length + offset for offset in told["data_offsets"])
+            if first != end or last - first != _count(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has shape {shape}, and bytes {told['data_offsets']}")
+            tensors[name] = dtype, shape
+            records[name] = Record(name, first, first, last - first, None)
+            end = last
+        if end != size:
+            raise ValueError(f"it describes {end} bytes of {size}")
+        assemble = functools.partial(_tensors, {name: tensors[name] for name in header})
+    return Archive(place, "safetensors", records, assemble, notes=notes)
 
 
-def unsafe_globals(data: bytes) -> list[str]:
-    """List what a pickle names that torch's restricted unpickler refuses."""
-    try:
-        named = get_globals_in_pkl(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - any garbage may be in there
-        return []
-    return sorted(named - _get_allowed_globals().keys() - _get_user_allowed_globals().keys())
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _count(shape: tuple[Any, ...]) -> int:
+    if not all(type(each) is int and 0 <= each < 1 << 62 for each in shape):
+        raise ValueError(f"{shape} is no shape")
+    return math.prod(shape)
+
+
+def _tensors(
+    known: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    storage_of: StorageOf,
+    _trust: Trust,
+    _names: Names,
+) -> dict[str, torch.Tensor]:
+    made = {}
+    for name, (dtype, shape) in known.items():
+        storage = storage_of(("storage", _Kind(dtype), name, "cpu", _count(shape)))
+        flat = torch._utils._rebuild_tensor(storage, 0, (_count(shape),), (1,))  # noqa: SLF001 - as torch.load does
+        made[name] = flat.reshape(shape)
+    return made
+
+
+@frozen
+class _Kind:
+    """A type of storage, as a persistent id has it."""
+
+    dtype: torch.dtype

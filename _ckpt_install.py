@@ -7,7 +7,6 @@ match · install · report
 from __future__ import annotations
 
 import copy
-import html
 import itertools
 import weakref
 from collections import OrderedDict
@@ -18,6 +17,7 @@ import torch
 from attrs import frozen
 
 from _ckpt_errors import MismatchError, redact
+from _ckpt_tables import Table, folded, section
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape]]  # in the checkpoint, in the model
@@ -35,7 +35,6 @@ _STATES = {  # as Lightning names them, and as training loops of one's own do
 }
 _EXTRA_STATE = "_extra_state"  # ends the name of what a module adds as it likes, in any shape
 _LISTED = 20  # names in a message; more than that nobody reads
-_LINES = 6  # of names under one heading of a report
 
 
 # ── match ─────────────────────────────────────────────────────────────────────────────────────
@@ -63,8 +62,8 @@ class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
 
 def split(checkpoint: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
     """Give the state dict, wherever the checkpoint holds it, and what stands beside it."""
-    if isinstance(checkpoint, torch.nn.Module):
-        return checkpoint.state_dict(), {}
+    if not isinstance(checkpoint, Mapping) and callable(getattr(checkpoint, "state_dict", None)):
+        return checkpoint.state_dict(), {}  # a module, or the inert data of one
     if not isinstance(checkpoint, Mapping):
         return None, {}
     for key in _WEIGHTS:
@@ -300,7 +299,7 @@ def _tied(model: torch.nn.Module) -> list[list[str]]:
 
 
 @frozen(repr=False, eq=False)
-class Report:
+class Report(Table):
     """What `load_into` loaded, and what it did not. Prints as a table, in notebooks, too."""
 
     place: str
@@ -314,21 +313,6 @@ class Report:
     bytes_stored: int
     seconds: float
     rest: Mapping[str, Any]  # what the checkpoint held beside the weights
-
-    def __repr__(self) -> str:
-        """Show the table."""
-        rows = self._rows()
-        width = max(len(heading) for heading, _ in rows)
-        return "\n".join(f"{heading:<{width}}  {line}".rstrip() for heading, line in rows)
-
-    def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(heading)}</th>"
-            f"<td style='text-align:left'><code>{html.escape(line)}</code></td></tr>"
-            for heading, line in self._rows()
-        )
-        return f"<table>{cells}</table>"
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
@@ -344,48 +328,14 @@ class Report:
             "restored": self.restored,
         }
         for heading, lines in sections.items():
-            count = len(getattr(self, heading))
-            shown = [
-                *lines[:_LINES],
-                *([f"… and {len(lines) - _LINES} more"] * (len(lines) > _LINES)),
-            ]
-            first, *others = shown or [""]
-            rows += [(f"{heading} {count}", first), *(("", line) for line in others)]
+            rows += section(f"{heading} {len(getattr(self, heading))}", lines)
         return [*rows, ("rest", ", ".join(map(str, self.rest)))]
-
-
-def folded(names: Iterable[str]) -> list[str]:
-    """Fold runs of names that differ in one number alone.
-
-    >>> folded([f"layers.{i}.{kind}" for i in range(24) for kind in ("weight", "bias")])
-    ['layers.{0…23}.weight', 'layers.{0…23}.bias']
-    """
-    rows = [tuple(name.split(".")) for name in names]
-    for place in range(max(map(len, rows), default=0)):
-        runs: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
-        for row in rows:
-            numbered = place < len(row) and row[place].isdecimal()
-            around = (row[:place], row[place + 1 :]) if numbered else (row, ())
-            runs.setdefault(around, []).append(row[place] if numbered else "")
-        rows = [
-            (*start, *_run(numbers), *end) if numbers[0] else start
-            for (start, end), numbers in runs.items()
-        ]
-    return [".".join(row) for row in rows]
 
 
 def _arrows(renamed: Mapping[str, str]) -> list[str]:
     old, new = folded(renamed), folded(renamed.values())
     pairs = zip(old, new, strict=True) if len(old) == len(new) else renamed.items()
     return [f"{before} → {after}" for before, after in pairs]
-
-
-def _run(numbers: Sequence[str]) -> Sequence[str]:
-    first, last = int(numbers[0]), int(numbers[-1])
-    if len(numbers) == 1:
-        return numbers
-    consecutive = [int(number) for number in numbers] == list(range(first, last + 1))
-    return [f"{{{first}…{last}}}" if consecutive else f"{{{','.join(numbers)}}}"]
 
 
 def _compared(shapes: Shapes) -> list[str]:

@@ -1,6 +1,6 @@
 """Where a checkpoint can be, and how its bytes are read there: a kind of place after the other.
 
-places · streams · ranges
+places · streams · ranges · writing
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import importlib
 import os
 import re
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
@@ -826,6 +827,98 @@ def _without_secrets(err: BaseException) -> BaseException:
             return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
         link = link.__cause__ or link.__context__
     return err
+
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────
+
+_Writer = AbstractContextManager[BinaryIO]
+
+
+@functools.singledispatch
+def open_writer(uri: URI, transport_params: Params = None) -> _Writer:  # noqa: ARG001 - for handlers
+    """Open a place for writing, all or nothing.
+
+    Gives a context manager. The object appears when its block ends well; if that raises, nothing
+    is left of it, and what was there before stays.
+
+    Args:
+        uri: the place. A text or a path is parsed first.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: no access, no answer, or nothing can be written to this kind of place.
+    """
+    raise InvalidURIError(
+        uri,
+        f"a {type(uri).__name__} cannot be written to",
+        "write to a path, s3://, gs:// or az://, or add @open_writer.register",
+    )
+
+
+@open_writer.register
+def _(uri: str | os.PathLike, transport_params: Params = None) -> _Writer:  # type: ignore[misc, type-arg] # as for open_stream
+    return open_writer(parse_uri(uri), transport_params)
+
+
+@open_writer.register
+@contextmanager
+def _(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # noqa: ARG001 - a file needs none
+    path = Path(uri.path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # no other call's
+    try:
+        with _unwritten(uri), part.open("wb") as stream:
+            yield stream
+        with _unwritten(uri):
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unwritten(uri: LocalURI) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        kind = AccessDeniedError if isinstance(err, PermissionError) else CheckpointError
+        kind = CheckpointNotFoundError if isinstance(err, FileNotFoundError) else kind
+        remedy = "check the folder, its permissions and the room on the disk"
+        raise kind(uri, f"it cannot be written ({err.strerror or err})", remedy) from err
+
+
+@open_writer.register
+def _(uri: S3URI, transport_params: Params = None) -> _Writer:
+    params = {**(transport_params or {}), "client": _s3_client(uri, transport_params)}
+    s3 = imported("smart_open.s3", uri)
+    return _committed(uri, uri.version_id, lambda: s3.open(uri.bucket, uri.key, "wb", **params))
+
+
+@open_writer.register
+def _(uri: GCSURI, transport_params: Params = None) -> _Writer:
+    params = {**(transport_params or {}), "client": _gcs_client(uri, transport_params)}
+    gcs = imported("smart_open.gcs", uri)
+    return _committed(uri, uri.generation, lambda: gcs.open(uri.bucket, uri.name, "wb", **params))
+
+
+@open_writer.register
+def _(uri: AzureURI, transport_params: Params = None) -> _Writer:
+    params = {**(transport_params or {}), "client": _azure_client(uri, transport_params)}
+    azure = imported("smart_open.azure", uri)
+    return _committed(uri, None, lambda: azure.open(uri.container, uri.blob, "wb", **params))
+
+
+@contextmanager
+def _committed(uri: URI, version: object, opened: Callable[[], Any]) -> Iterator[BinaryIO]:
+    """Close a store's stream where all went well, which commits the upload, and else abort it."""
+    if version is not None:
+        raise InvalidURIError(uri, "names a version that is there", "leave the version out")
+    with explained(uri):
+        stream = opened()
+        try:
+            yield stream
+        except BaseException:
+            stream.terminate()
+            raise
+        stream.close()
 
 
 for _public in (URI, *URI.__subclasses__(), Version, Buffers, parse_uri, register_scheme):

@@ -7,20 +7,23 @@ Read from top to bottom, this file is the way a checkpoint takes::
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
 
-places · streams · ranges · sources · fetch · load · keep · install
+sources · fetch · load · look · keep · install · command line
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
 import gc
+import importlib.util
 import io
 import itertools
+import json
 import logging
 import os
 import random
-import re
+import shutil
 import sys
 import threading
 import time
@@ -30,27 +33,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
-from attrs import field, frozen
-from torch.utils._pytree import tree_leaves
+from attrs import evolve, field, frozen
 
 from _ckpt_archive import (
     LOCAL_SIGNATURE,
     Archive,
-    Ledger,
     Record,
-    asks_for_values,
-    build,
     check,
     crc_matches,
     data_start,
     is_packed,
-    read_archive,
+    looks_like_safetensors,
     read_directory,
+    read_legacy,
+    read_safetensors,
+    read_zip,
     unpacked,
+    unreadable,
 )
+from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
 from _ckpt_errors import (
     AccessDeniedError,
     ChangedError,
@@ -65,6 +69,8 @@ from _ckpt_errors import (
     UnsafeCheckpointError,
     redact,
 )
+from _ckpt_hollow import Ledger, asks_for_values, build
+from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
 from _ckpt_install import Before, Match, Report, check_enough, install, look, match
 from _ckpt_places import (
     CHUNK_BYTES,
@@ -85,11 +91,13 @@ from _ckpt_places import (
     explained,
     imported,
     open_stream,
+    open_writer,
     parse_uri,
     pinned,
     read_range,
     register_scheme,
 )
+from _ckpt_write import embedded, write_safetensors, write_zip
 
 __all__ = [
     "GCSURI",
@@ -102,7 +110,10 @@ __all__ = [
     "ChangedError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "Contents",
     "CorruptError",
+    "Inert",
+    "InertGlobal",
     "InvalidURIError",
     "LocalURI",
     "MismatchError",
@@ -115,10 +126,15 @@ __all__ = [
     "download",
     "load",
     "load_into",
+    "main",
+    "metadata",
     "open_stream",
+    "open_writer",
     "parse_uri",
+    "peek",
     "read_range",
     "register_scheme",
+    "save",
 ]
 
 log = logging.getLogger("anemoi_ckpt")
@@ -126,6 +142,8 @@ log = logging.getLogger("anemoi_ckpt")
 Strategy = Callable[[Any], Any]
 Progress = bool | Callable[[int, int | None], object] | None
 
+_T = TypeVar("_T")
+_SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
@@ -246,7 +264,7 @@ class _Blocks(io.RawIOBase):
         return block
 
 
-def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
+def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, BinaryIO]:
     """Ask for the first and the last block at once; they tell size and version, too."""
     unpinned = _Source(uri, None, transport_params)
     head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
@@ -261,16 +279,16 @@ def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, _Blocks]:
     blocks = {0: memoryview(head)[: version.size]}
     if version.size > BLOCK_BYTES:
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
-    return source, _Blocks(source, blocks)
+    return source, cast("BinaryIO", _Blocks(source, blocks))
 
 
-def _hold(uri: URI, data: bytes | bytearray) -> tuple[_Source, _Blocks]:
+def _hold(uri: URI, data: bytes | bytearray) -> tuple[_Source, BinaryIO]:
     """Make a source of bytes in memory."""
     if not data:
         raise empty_file(uri)
     view = memoryview(data)
     source = _Source(_HeldURI(uri.text, view), Version(len(view)))
-    return source, _Blocks(source, {0: view})
+    return source, cast("BinaryIO", _Blocks(source, {0: view}))
 
 
 def _stream_whole(uri: URI, transport_params: Params, progress: Progress) -> bytearray:
@@ -442,7 +460,7 @@ def _spans(
 
 def _verify(source: _Source, record: Record, header: Any, view: memoryview) -> None:
     """Check what came for a record; where it is wrong, bring it once more."""
-    start = data_start(source.uri, record, header)
+    start = data_start(source.uri, record, header) if header else record.start
     if start != record.start or not crc_matches(record, view):
         source.read(start, [view])  # not laid out as by torch, or damaged on the way
         check(source.uri, record, view)
@@ -476,19 +494,25 @@ def _memory(storage: torch.UntypedStorage) -> memoryview:
 def load(
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
+    trust: bool | Sequence[Any] = False,
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Any:
     """Load a checkpoint, moving only the bytes that survive the strategies.
 
     ``load(uri, f, g)`` equals ``g(f(load(uri)))``. Tensors come on the CPU, bit for bit as
-    `torch.load` gives them; each record is checked against its CRC-32; no code of the
-    checkpoint runs. The strategies run at least twice: on a hollow checkpoint, whose tensors
-    are on the meta device, to see what is needed, and on the real one.
+    `torch.load` gives them; each record is checked against its CRC-32. No code of the
+    checkpoint runs, and none of its classes need be installed: what torch does not know to be
+    safe comes as `Inert` data. Formats: torch's zip, torch's before 1.6, TorchScript (its state
+    dict), safetensors; told by content. The strategies run at least twice: on a hollow
+    checkpoint, whose tensors are on the meta device, to see what is needed, and on the real one.
 
     Args:
         uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``https://``, ….
         strategies: pure functions from checkpoint to checkpoint, applied from left to right.
+        trust: True imports and runs whatever the checkpoint names, at least twice: it can do
+            all that you can, so be as sure of its author as of your own code. A list of classes
+            and functions runs just these, and what they do with what they are given.
         transport_params: smart-open's: ``{"client": …}`` for S3, GCS and Azure,
             ``{"session": …, "headers": …}`` for HTTP.
         progress: None shows a bar in a terminal or notebook where loading takes over a second;
@@ -504,7 +528,7 @@ def load(
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    return _load(parse_uri(uri), strategies, transport_params, progress).checkpoint
+    return _load(parse_uri(uri), strategies, trusted(trust), transport_params, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
@@ -520,37 +544,60 @@ class _Loaded:
 
 
 def _load(
-    place: URI, strategies: Sequence[Strategy], transport_params: Params, progress: Progress
+    place: URI,
+    strategies: Sequence[Strategy],
+    trust: Trust,
+    transport_params: Params,
+    progress: Progress,
 ) -> _Loaded:
     for strategy in strategies:
         if not callable(strategy):
             raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
+
+    def survive(origin: _Source, source: _Source, archive: Archive) -> _Loaded:
+        checkpoint = _survivors(source, archive, strategies, trust, progress)
+        return _Loaded(checkpoint, sum(origin.moved), origin.size)
+
+    return _read(place, transport_params, progress, survive)
+
+
+def _read(
+    place: URI,
+    transport_params: Params,
+    progress: Progress,
+    use: Callable[[_Source, _Source, Archive], _T],
+) -> _T:
+    """Use what a place holds: given are what is stored, what to read from, and what is in it."""
     try:
-        source, blocks = _open_source(place, transport_params)
-        checkpoint = _read_checkpoint(place, source, blocks, strategies, progress)
-        return _Loaded(checkpoint, sum(source.moved), source.size)
+        origin, blocks = _open_source(place, transport_params)
+        return use(origin, *_open_archive(place, origin, blocks, progress))
     except UnrangedError:
         data = _stream_whole(place, transport_params, progress)
-        checkpoint = _read_checkpoint(place, *_hold(place, data), strategies, progress=False)
-        return _Loaded(checkpoint, len(data), len(data))
+        origin = _Source(place, Version(len(data)), moved=[len(data)])
+        return use(origin, *_open_archive(place, *_hold(place, data), progress=False))
 
 
-def _read_checkpoint(
-    place: URI, source: _Source, blocks: _Blocks, strategies: Sequence[Strategy], progress: Progress
-) -> Any:
-    """Read what a source holds, whichever of torch's formats it is in."""
+def _open_archive(
+    place: URI, source: _Source, blocks: BinaryIO, progress: Progress
+) -> tuple[_Source, Archive]:
+    """Read what a source holds, whichever of the formats it is in."""
     suffix = _compression(place)
     if suffix:
         source, blocks = _hold(place, _decompressed(place, _read_whole(source, progress), suffix))
-    start = blocks.read(BLOCK_BYTES)
-    if not start.startswith(LOCAL_SIGNATURE):
-        return _applied(place, strategies, _load_legacy(place, source, start, progress))
-    directory = read_directory(place, io.BufferedReader(blocks, BLOCK_BYTES))
-    if is_packed(directory):
-        source, blocks = _hold(place, unpacked(place, _read_whole(source, progress)))
-        directory = read_directory(place, io.BufferedReader(blocks))
-    archive = read_archive(place, io.BufferedReader(blocks), directory)
-    return _survivors(source, archive, strategies, progress)
+    start = blocks.read(_SIGNATURE_BYTES)
+    blocks.seek(0)
+    if start.startswith(LOCAL_SIGNATURE):
+        directory = read_directory(place, blocks)
+        if is_packed(directory):
+            source, blocks = _hold(place, unpacked(place, _read_whole(source, progress)))
+            directory = read_directory(place, blocks)
+        return source, read_zip(place, blocks, directory)
+    if looks_like_safetensors(start):
+        return source, read_safetensors(place, blocks, source.size)
+    if start.startswith(b"\x80"):  # a pickle's first byte
+        buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # raw, and typed as what zipfile takes
+        return source, read_legacy(place, buffered, source.size)
+    raise NotACheckpointError(place, *_looks_like(start))
 
 
 def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
@@ -565,7 +612,11 @@ def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any
 
 
 def _survivors(
-    source: _Source, archive: Archive, strategies: Sequence[Strategy], progress: Progress
+    source: _Source,
+    archive: Archive,
+    strategies: Sequence[Strategy],
+    trust: Trust,
+    progress: Progress,
 ) -> Any:
     """Run the strategies, fetch what their result still needs, and again until it needs nothing.
 
@@ -578,7 +629,7 @@ def _survivors(
         absent = archive.records.keys() - storages.keys()
         ledger = Ledger()
         try:
-            result = build(archive, storages, fresh, ledger)
+            result = build(archive, storages, fresh, ledger, trust)
             with ledger if absent else nullcontext():
                 result = _applied(source.uri, strategies, result)
             gc.collect(1)  # what was dropped may hang in a cycle
@@ -587,7 +638,7 @@ def _survivors(
             if absent and (ledger.asked or (not needed and _has_hollow(result))):
                 needed = absent
         except Exception as err:
-            if not (absent and (ledger.asked or asks_for_values(err))):
+            if not (absent and (ledger.asked or ledger.awaited or asks_for_values(err))):
                 raise
             needed = absent
         if not needed:
@@ -598,8 +649,7 @@ def _survivors(
 
 
 def _has_hollow(result: Any) -> bool:
-    leaves = tree_leaves(result)
-    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for _, leaf in walk(result))
 
 
 def _compression(uri: URI) -> str:
@@ -623,26 +673,6 @@ def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
         ) from err
 
 
-def _load_legacy(uri: URI, source: _Source, start: bytes, progress: Progress) -> Any:
-    """Load a file of torch before 1.6, which has no directory, whole."""
-    if not start.startswith(b"\x80"):  # a pickle's first byte
-        raise NotACheckpointError(uri, *_looks_like(start))
-    data = io.BytesIO(_read_whole(source, progress))
-    try:
-        return torch.load(data, "cpu", weights_only=True)
-    except Exception as err:
-        refused = re.search(r"GLOBAL (\S+)", str(err))
-        if refused:
-            raise UnsafeCheckpointError(
-                uri,
-                f"torch does not know {refused[1]}, which it names, to be safe",
-                "allow what you trust with torch.serialization.add_safe_globals([…])",
-            ) from err
-        raise CorruptError(
-            uri, f"torch cannot read it as a legacy file ({err!r})", "fetch it anew"
-        ) from err
-
-
 def _looks_like(start: bytes) -> tuple[str, str]:
     """Tell problem and remedy from the first bytes of what is no checkpoint."""
     text = start.lstrip().lower()
@@ -651,6 +681,87 @@ def _looks_like(start: bytes) -> tuple[str, str]:
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
     return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"
+
+
+# ── look ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def peek(uri: str | os.PathLike[str] | URI, *, transport_params: Params = None) -> Contents:
+    """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
+
+    Takes at most five requests, however large the checkpoint is, and runs none of its code.
+
+    Args:
+        uri: where it is.
+        transport_params: as for `load`.
+
+    Raises:
+        CheckpointError: as `load`.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> torch.save({"state_dict": {"w": torch.ones(250)}, "epoch": 3}, path)
+    >>> contents = peek(path)
+    >>> contents.epoch, contents.keys
+    (3, {'state_dict': 1000, 'epoch': 0})
+    >>> contents.tensors[0].name, contents.tensors[0].shape, contents.tensors[0].dtype
+    ('w', (250,), torch.float32)
+    """
+
+    def look_in(origin: _Source, _source: _Source, archive: Archive) -> Contents:
+        contents = look_into(archive, origin.size)
+        return evolve(contents, bytes_moved=sum(origin.moved))
+
+    return _read(parse_uri(uri), transport_params, None, look_in)
+
+
+def metadata(
+    uri: str | os.PathLike[str] | URI, *, arrays: bool = False, transport_params: Params = None
+) -> Any:
+    """Read the metadata that Anemoi embeds in a checkpoint, and none of its weights.
+
+    Gives what `anemoi.utils.checkpoints.load_metadata` gives for a local file.
+
+    Args:
+        uri: where it is.
+        arrays: give a pair, of the metadata and of the supporting arrays (numpy's, read-only,
+            nested as the metadata's ``supporting_arrays_paths``); only their bytes are moved.
+        transport_params: as for `load`.
+
+    Raises:
+        CheckpointNotFoundError: no such object, or no metadata in it.
+        CheckpointError: as `load`.
+    """
+    found, data = _embedded(parse_uri(uri), transport_params, arrays=arrays)
+    if found is None:
+        raise CheckpointNotFoundError(
+            uri,
+            "there is no anemoi.json in it",
+            "anemoi.utils.checkpoints.save_metadata writes one",
+        )
+    if not arrays:
+        return found
+    with unreadable(uri, "its supporting_arrays_paths"):
+        return found, arrays_of(found.get("supporting_arrays_paths", {}), data)
+
+
+def _embedded(
+    place: URI, transport_params: Params, *, arrays: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Read Anemoi's metadata, if there is any, and the bytes of its arrays, by their paths."""
+
+    def read(
+        _origin: _Source, source: _Source, archive: Archive
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        found = find_metadata(archive)
+        if found is None or not arrays:
+            return found, {}
+        with unreadable(place, "its supporting_arrays_paths"):
+            records = array_records(archive, found.get("supporting_arrays_paths", {}))
+        storages = _fetch(source, records, progress=False)
+        return found, {n: _memory(each) if each.nbytes() else b"" for n, each in storages.items()}
+
+    return _read(place, transport_params, None, read)
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
@@ -720,6 +831,67 @@ def _copy(place: URI, part: Path, transport_params: Params, progress: Progress) 
         _in_parallel(tasks, place.connections)
 
 
+def save(
+    checkpoint: Any,
+    uri: str | os.PathLike[str] | URI,
+    *,
+    metadata: str | os.PathLike[str] | URI | None = None,
+    transport_params: Params = None,
+) -> URI:
+    """Write a checkpoint to any place, all or nothing, and give the place.
+
+    It is streamed, in the format of `torch.save`; in safetensors' where the name ends with
+    ``.safetensors``; compressed where it ends with ``.gz`` or the like. Inert objects are written
+    as what they were read from: where their classes are installed,
+    ``torch.load(weights_only=False)`` gives the real ones.
+
+    Args:
+        checkpoint: what `load` gave, or anything that `torch.save` takes.
+        uri: where to. What is there stays until all is written.
+        metadata: a checkpoint to take Anemoi's metadata and supporting arrays from, if it has
+            any: they are no part of what `load` gives.
+        transport_params: as for `load`.
+
+    Raises:
+        CheckpointError: the place cannot be written to, or the checkpoint not be pickled, or (as
+            safetensors) it holds more than tensors by name.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/weights.ckpt"
+    >>> load(save({"w": torch.ones(2)}, path))
+    {'w': tensor([1., 1.])}
+    """
+    place = parse_uri(uri)
+    extra = {}
+    if metadata is not None:
+        found, data = _embedded(parse_uri(metadata), transport_params, arrays=True)
+        extra = embedded(found, data) if found is not None else {}
+    suffix = _compression(place)
+    safetensors = place.filename.removesuffix(suffix).endswith(".safetensors")
+    write = write_safetensors if safetensors else functools.partial(write_zip, members=extra)
+    with open_writer(place, transport_params) as stream, _unsaved(place):
+        if suffix:
+            wrapper = imported("smart_open.compression", place).compression_wrapper
+            with wrapper(stream, "wb", compression=suffix) as packed:
+                write(checkpoint, packed)
+        else:
+            write(checkpoint, stream)
+    return place
+
+
+@contextmanager
+def _unsaved(place: URI) -> Iterator[None]:
+    """Say why a checkpoint could not be written."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        raise
+    except Exception as err:
+        raise CheckpointError(
+            place, f"the checkpoint cannot be written ({err!r})", "leave out what cannot"
+        ) from err
+
+
 # ── install ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -734,6 +906,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     require: float = 0.0,
     optimizer: Any = None,
     scheduler: Any = None,
+    trust: bool | Sequence[Any] = False,
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Report:
@@ -750,6 +923,7 @@ def load_into(  # noqa: PLR0913 - by keyword
         require: least share of the model's values that must be loaded, from 0 to 1.
         optimizer: gets its state where the checkpoint has it; a list where there are several.
         scheduler: likewise.
+        trust: as for `load`.
         transport_params: as for `load`.
         progress: as for `load`.
 
@@ -782,7 +956,7 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     every = (begin, *strategies, end)
     if held is None:
-        loaded = _load(place, every, transport_params, progress)
+        loaded = _load(place, every, trusted(trust), transport_params, progress)
     else:
         loaded = _Loaded(_applied(place, every, held), 0, 0)
     found: Match = loaded.checkpoint
@@ -808,3 +982,86 @@ load_into.takes_strategies = True  # type: ignore[attr-defined] # compose(f, par
 
 def _several(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list | tuple) else [] if given is None else [given]
+
+
+# ── command line ──────────────────────────────────────────────────────────────────────────────
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give its exit code: 0, 1 with one line of error, or 2 for bad usage."""
+    parser = argparse.ArgumentParser("anemoi-ckpt", description="Look into checkpoints, and copy.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("peek", help="tell what is in a checkpoint")
+    command.add_argument("uri", metavar="URI")
+    command.set_defaults(run=_run_peek)
+
+    command = commands.add_parser("metadata", help="print the metadata that Anemoi embeds, as JSON")
+    command.add_argument("uri", metavar="URI")
+    command.set_defaults(run=_run_metadata)
+
+    command = commands.add_parser("copy", help="copy a checkpoint, or what is wanted of it")
+    command.add_argument("uri", metavar="URI")
+    command.add_argument("to", metavar="DEST", help="a file or object; .safetensors: weights")
+    command.add_argument("--weights", action="store_true", help="the state dict alone")
+    command.add_argument("--include", metavar="GLOB", action="append", help="these weights alone")
+    command.add_argument("--exclude", metavar="GLOB", action="append", help="not these weights")
+    command.add_argument("--cast", metavar="DTYPE", help="floating-point weights to bfloat16, say")
+    command.set_defaults(run=_run_copy)
+
+    given = parser.parse_args(arguments)
+    try:
+        sys.stdout.write(given.run(given))
+    except (CheckpointError, OSError, ValueError) as err:
+        sys.stderr.write(f"anemoi-ckpt: {redact(str(err))}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it for SIGINT
+    return 0
+
+
+def _run_peek(given: argparse.Namespace) -> str:
+    return f"{peek(given.uri)}\n"
+
+
+def _run_metadata(given: argparse.Namespace) -> str:
+    return json.dumps(metadata(given.uri), indent=2) + "\n"
+
+
+def _run_copy(given: argparse.Namespace) -> str:
+    place, to = parse_uri(given.uri), parse_uri(given.to)
+    if isinstance(to, LocalURI) and Path(to.path).is_dir():
+        to = parse_uri(Path(to.path) / place.filename)
+    converted = ".safetensors" in to.filename and ".safetensors" not in place.filename
+    strategies = _chosen_strategies(given, weights=given.weights or converted)
+    if strategies:
+        save(load(place, *strategies), to, metadata=place)
+    elif isinstance(to, LocalURI):
+        download(place, to.path)
+    else:
+        with open_writer(to) as stream, closing(open_stream(place)) as source, explained(place):
+            shutil.copyfileobj(source, stream, PART_BYTES)
+    return f"{redact(str(to))}\n"
+
+
+def _chosen_strategies(given: argparse.Namespace, *, weights: bool) -> list[Strategy]:
+    # by its path: a user's own strategies.py in the working folder is another
+    path = Path(__file__).with_name("strategies.py")
+    spec: Any = importlib.util.spec_from_file_location("anemoi_ckpt_strategies", path)
+    ours = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ours)
+    chosen = [ours.weights] if weights else []
+    if given.include:
+        chosen.append(ours.include(*given.include))
+    if given.exclude:
+        chosen.append(ours.exclude(*given.exclude))
+    if given.cast:
+        dtype = getattr(torch, given.cast, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"--cast takes a dtype of torch, such as bfloat16, not {given.cast!r}")
+        chosen.append(ours.cast(dtype))
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

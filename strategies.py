@@ -206,8 +206,8 @@ def weights(checkpoint: Any) -> Mapping[str, Any]:
     if path is None:
         held = checkpoint if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
         raise ValueError(f"no state dict under any of {', '.join(_WEIGHTS)} in {_few(held)}")
-    found = functools.reduce(lambda held, key: held[key], path, checkpoint)
-    return found.state_dict() if isinstance(found, torch.nn.Module) else found
+    found: Any = functools.reduce(lambda held, key: held[key], path, checkpoint)
+    return found.state_dict() if _is_module(found) else found
 
 
 def drop_optimizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,10 +355,15 @@ def _path(checkpoint: Any) -> tuple[str, ...] | None:
     return _path_to(checkpoint, _is_stateless) if found is None else found
 
 
+def _is_module(held: Any) -> bool:
+    """Tell whether this is a module, or the inert data of one."""
+    return not isinstance(held, Mapping) and callable(getattr(held, "state_dict", None))
+
+
 def _path_to(
     checkpoint: Any, is_state_dict: Callable[[Mapping[str, Any]], bool]
 ) -> tuple[str, ...] | None:
-    if isinstance(checkpoint, torch.nn.Module):
+    if _is_module(checkpoint):
         return ()
     if not isinstance(checkpoint, Mapping):
         return None

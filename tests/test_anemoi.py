@@ -1,8 +1,7 @@
 """Transfer between real Anemoi models whose variables differ. Skipped without anemoi-models."""
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +137,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.fit(task, loader)
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
-
-
-@pytest.fixture(autouse=True)
-def _trusted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Anemoi's own classes are allowed, as a user who trusts them would."""
-    import importlib
-
-    path = request.getfixturevalue("checkpoint")
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    classes = []
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        with contextlib.suppress(ImportError, AttributeError):
-            classes.append(getattr(importlib.import_module(module), attribute))
-    with torch.serialization.safe_globals(classes):
-        yield
 
 
 def task_state(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
