@@ -10,13 +10,14 @@ import functools
 import io
 import itertools
 import json
-import math
+import operator
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from attrs import field, frozen
@@ -61,6 +62,7 @@ class Archive:
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # …, length of name, length of extra field (APPNOTE 4.3.7)
+_DESCRIPTOR_BYTES = 24  # of the longest: signature, CRC-32, two sizes (APPNOTE 4.3.9)
 
 
 def read_directory(place: object, file: BinaryIO) -> zipfile.ZipFile:
@@ -70,7 +72,7 @@ def read_directory(place: object, file: BinaryIO) -> zipfile.ZipFile:
         CorruptError: there is no directory at its end, or one that makes no sense.
     """
     try:
-        return zipfile.ZipFile(file)
+        directory = zipfile.ZipFile(file)
     except (
         zipfile.BadZipFile,
         ValueError,
@@ -83,11 +85,16 @@ def read_directory(place: object, file: BinaryIO) -> zipfile.ZipFile:
             f"the zip archive has no readable directory in its {file.seek(0, 2)} bytes ({err})",
             "was its upload or download complete?",
         ) from err
+    headers = {info.header_offset for info in directory.filelist}
+    if min(len(headers), len(directory.NameToInfo)) < len(directory.filelist):
+        # read in two ways by two readers, or, a million times the same megabyte, a zip bomb
+        raise CorruptError(place, "two records have the same name or bytes", "do not trust it")
+    return directory
 
 
 def is_packed(directory: zipfile.ZipFile) -> bool:
-    """Tell whether somebody compressed what torch only stores."""
-    return any(info.compress_type != zipfile.ZIP_STORED for info in directory.infolist())
+    """Tell whether somebody compressed what torch only stores: all but TorchScript's code."""
+    return any(info.compress_type and "/code/" not in info.filename for info in directory.filelist)
 
 
 def unpacked(place: object, data: bytes | bytearray) -> bytes:
@@ -99,9 +106,10 @@ def unpacked(place: object, data: bytes | bytearray) -> bytes:
     plain = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as packed, zipfile.ZipFile(plain, "w") as stored:
-            _refuse_bomb(place, len(data), sum(info.file_size for info in packed.infolist()))
+            _refuse_bomb(place, len(data), packed.infolist())
             for info in packed.infolist():
-                stored.writestr(info.filename, packed.read(info))
+                with stored.open(info.filename, "w") as copy:
+                    _unpack(packed, info, copy)
     except CorruptError:
         raise
     except Exception as err:
@@ -111,9 +119,18 @@ def unpacked(place: object, data: bytes | bytearray) -> bytes:
     return plain.getvalue()
 
 
-def _refuse_bomb(place: object, size: int, claimed: int) -> None:
-    if claimed > 64 * max(size, 1024**2):  # weights deflate by a tenth
+def _unpack(packed: zipfile.ZipFile, info: zipfile.ZipInfo, copy: IO[bytes]) -> None:
+    with packed.open(info) as record:
+        shutil.copyfileobj(record, copy)  # in pieces: its size may be a lie
+
+
+def _refuse_bomb(place: object, size: int, infos: list[zipfile.ZipInfo]) -> None:
+    claimed = sum(info.file_size for info in infos)
+    if claimed > max(8 * size, 64 * 1024**2):  # weights deflate by a tenth
         raise CorruptError(place, f"{size} bytes claim to be {claimed} unpacked", "do not trust it")
+    # of bzip2 and LZMA, which no checkpoint needs, zipfile unpacks more than it is asked for
+    if any(info.compress_type > zipfile.ZIP_DEFLATED for info in infos):
+        raise CorruptError(place, "it is compressed, and not by deflate", "zip it anew")
 
 
 def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archive:
@@ -129,8 +146,6 @@ def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archi
         raise NotACheckpointError(
             place, "a zip archive without one data.pkl in it", "give a file that torch.save wrote"
         )
-    if len(infos) < len(directory.filelist):
-        raise CorruptError(place, "two records have the same name", "do not trust it")
     root = found[0].removesuffix("data.pkl")
     # torch.serialization.set_crc32_options(False) leaves every CRC at zero
     checked = any(info.CRC for info in infos.values())
@@ -139,24 +154,25 @@ def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archi
     members = {
         name: _record(place, info, ends[info.header_offset], checked=checked)
         for name, info in infos.items()
+        if not info.compress_type
     }
     data = f"{root}data/"
     text = functools.partial(_text_record, place, file, members, root)
     scripted = f"{root}constants.pkl" in members
     pickled = read_record(place, file, members[found[0]])
+    byteorder = text("byteorder") or "little"
+    if byteorder not in {"little", "big"}:
+        raise CorruptError(place, f"its byte order is {byteorder!r:.80}", "fetch it anew")
     assemble = functools.partial(_unpickled, pickled)
     if scripted:
-        code = [
-            name for name in members if name.startswith(f"{root}code/") and name.endswith(".py")
-        ]
-        names = _script_names("\n".join(text(name.removeprefix(root)) for name in code))
+        names = _script_names(_script_code(place, file, directory, f"{root}code/"))
         assemble = functools.partial(_script_weights, assemble, names)
     return Archive(
         place,
         "TorchScript" if scripted else "torch zip",
         {name.removeprefix(data): each for name, each in members.items() if name.startswith(data)},
         assemble,
-        text("byteorder") or "little",
+        byteorder,
         members,
         file,
     )
@@ -197,12 +213,37 @@ _SCRIPT_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:  .*\n|\n)*)", re.MULT
 _SCRIPT_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 
 
-def _script_names(code: str) -> dict[str, list[str]]:
+def _script_code(
+    place: object, file: BinaryIO, directory: zipfile.ZipFile, folder: str
+) -> dict[str, str]:
+    """Read the code that declares the classes: torch compresses it."""
+    infos = [
+        info
+        for info in directory.filelist
+        if info.filename.startswith(folder) and info.filename.endswith(".py")
+    ]
+    _refuse_bomb(place, file.seek(0, io.SEEK_END), infos)
+    found = {}
+    with unreadable(place, "its code"):
+        for info in infos:
+            text = io.BytesIO()
+            _unpack(directory, info, text)
+            name = info.filename.removeprefix(folder).removesuffix(".py").replace("/", ".")
+            found[name] = text.getvalue().decode()
+    return found
+
+
+def _script_names(code: Mapping[str, str]) -> dict[str, list[str]]:
     """Give what of each class is a parameter or a buffer."""
     return {
-        name: re.findall(r'"([^"]*)"', ",".join(_SCRIPT_NAMES.findall(body)))
-        for name, body in _SCRIPT_CLASS.findall(code)
+        f"{module}.{name}": re.findall(r'"([^"]*)"', ",".join(_SCRIPT_NAMES.findall(body)))
+        for module, text in code.items()
+        for name, body in _SCRIPT_CLASS.findall(text)
     }
+
+
+_SCRIPT_MODULES = 100_000  # most modules of a module: sane ones have thousands
+_SCRIPT_NESTING = 100  # most levels of them: sane ones have ten
 
 
 def _script_weights(
@@ -214,23 +255,33 @@ def _script_weights(
 ) -> dict[str, Any]:
     """Give the state dict of a module that TorchScript wrote."""
     found: dict[str, Any] = {}
-    todo = [("", assemble(storage_of, {}, names))]
-    while todo:
-        prefix, module = todo.pop()
-        kind = module.inert_class.rpartition(".")[2]
+    todo: list[tuple[tuple[str, ...], Inert]] = [((), assemble(storage_of, {}, names))]
+    for count in itertools.count():
+        if not todo:
+            return found
+        path, module = todo.pop()
+        if count > _SCRIPT_MODULES or len(path) > _SCRIPT_NESTING:
+            raise ValueError("its modules hold each other without end")
         state = module._inert_state  # noqa: SLF001 - as written
-        for name in known.get(kind, ()):
-            if isinstance(state.get(name), torch.Tensor):
-                found[prefix + name] = state[name]
-        children = [(f"{prefix}{k}.", v) for k, v in state.items() if isinstance(v, Inert)]
-        todo += reversed([each for each in children if each[1]._inert_state is not None])  # noqa: SLF001
-    return found
+        for name in known[module.inert_class]:
+            if isinstance(state[name], torch.Tensor):  # a buffer can be None
+                found[".".join((*path, name))] = state[name].detach()
+        todo += reversed(
+            [
+                ((*path, name), each)
+                for name, each in state.items()
+                if isinstance(each, Inert) and each.inert_class in known
+            ]
+        )
+    raise AssertionError
 
 
 def _record(place: object, info: zipfile.ZipInfo, end: int, *, checked: bool) -> Record:
     """Say where a record's bytes lie: they stand right before what follows, the record's end."""
-    first = info.header_offset + _LOCAL_HEADER.size + len(info.orig_filename.encode())
-    if first + info.file_size > end:
+    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"  # APPNOTE appendix D
+    name = info.orig_filename.encode(encoding)
+    first = info.header_offset + _LOCAL_HEADER.size + len(name)
+    if info.header_offset < 0 or first + info.file_size > end:
         raise CorruptError(
             place,
             f"record {info.filename} claims {info.file_size} bytes from byte {first} on, but what "
@@ -238,7 +289,9 @@ def _record(place: object, info: zipfile.ZipInfo, end: int, *, checked: bool) ->
             "fetch or write the file anew",
         )
     wide = max(info.file_size, info.header_offset) >= 0xFFFFFFFF  # noqa: PLR2004 - zip64
-    descriptor = (24 if wide else 16) if info.flag_bits & 0x08 and info.file_size else 0
+    descriptor = (
+        (_DESCRIPTOR_BYTES if wide else 16) if info.flag_bits & 0x08 and info.file_size else 0
+    )
     start = max(first, end - descriptor - info.file_size)
     crc = info.CRC if checked else None
     return Record(info.filename, info.header_offset, start, info.file_size, crc)
@@ -252,7 +305,15 @@ def data_start(place: object, record: Record, header: Any) -> int:
             place, f"record {record.name} has no header at byte {record.header}", "fetch it anew"
         )
     name, extra = _LOCAL_HEADER.unpack_from(header)
-    return record.header + _LOCAL_HEADER.size + int(name) + int(extra)
+    start = record.header + _LOCAL_HEADER.size + int(name) + int(extra)
+    if start > record.start + _DESCRIPTOR_BYTES:  # it may have none, where one was allowed for
+        raise CorruptError(
+            place,
+            f"the header of record {record.name} has its bytes begin at byte {start}, where "
+            f"{record.size} bytes from byte {record.start} on are its own",
+            "fetch or write the file anew",
+        )
+    return start
 
 
 def crc_matches(record: Record, data: Any) -> bool:
@@ -294,21 +355,27 @@ def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
         CorruptError: it makes no sense, or is not as long as it says.
     """
     sizes: dict[str, int] = {}
+    made: dict[str, Any] = {}
+    left = size
 
     def measured(pid: Any) -> Any:
+        nonlocal left
         if pid[0] == "module":
             return pid[1]
         kind, key, count = storage_id(pid)
-        sizes[key] = count * torch._utils._element_size(kind)  # noqa: SLF001 - as torch.load does
-        if sum(sizes.values()) > size:
-            raise ValueError(f"its storages have more than the {size} bytes of the file")
-        # a real one, for what cannot be built without; its memory is not touched
-        return torch.storage.TypedStorage(
-            wrap_storage=torch.UntypedStorage(sizes[key]), dtype=kind, _internal=True
-        )
+        if key not in sizes:
+            sizes[key] = count * torch._utils._element_size(kind)  # noqa: SLF001 - as torch.load does
+            left -= sizes[key]
+            if left < 0:
+                raise ValueError(f"its storages have more than the {size} bytes of the file")
+            # a real one, for what cannot be built without; its memory is not touched
+            made[key] = torch.storage.TypedStorage(
+                wrap_storage=torch.UntypedStorage(sizes[key]), dtype=kind, _internal=True
+            )
+        return made[key]
 
     def none(pid: Any) -> Any:
-        raise ValueError(f"a storage ({pid!r}) where none belongs")
+        raise ValueError(f"a {type(pid).__name__} for a storage where none belongs")
 
     with unreadable(place, "its pickle"):
         magic = unpickle(file, none, trust={})
@@ -318,9 +385,14 @@ def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
             )
         _version, system = unpickle(file, none, trust={}), unpickle(file, none, trust={})
         begin = file.tell()
-        unpickle(file, measured, trust={})
+        try:
+            unpickle(file, measured, trust={})
+        finally:
+            torch._utils._sparse_tensors_to_validate.clear()  # noqa: SLF001 - they have no values yet
         end = file.tell()
         keys = unpickle(file, none, trust={})
+        if any(type(key) is not str for key in keys):
+            raise ValueError("the key of a storage is no text")
         offsets = itertools.accumulate(
             (sizes[key] + _COUNT_BYTES for key in keys), initial=file.tell() + _COUNT_BYTES
         )
@@ -333,7 +405,7 @@ def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
             raise ValueError(f"{length} bytes are needed, the file has {size}")
         file.seek(begin)
         pickled = file.read(end - begin)
-    order = "little" if system["little_endian"] else "big"
+        order = "little" if system["little_endian"] else "big"
     return Archive(
         place, "torch legacy", records, functools.partial(_unpickled, pickled), byteorder=order
     )
@@ -354,7 +426,7 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         ) from err
     except Exception as err:
         raise CorruptError(
-            place, f"{what} cannot be read ({err!r})", "fetch or write the file anew"
+            place, f"{what} cannot be read ({err!r:.300})", "fetch or write the file anew"
         ) from err
 
 
@@ -364,10 +436,14 @@ def storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
     Raises:
         ValueError: it is another.
     """
+    # nothing of it is shown or hashed before its type is known: 60 nested pairs have 2**60 leaves
     what, kind, key, _, count, *view = pid
+    dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
     if what != "storage" or any(view) or type(count) is not int or count < 0:
-        raise ValueError(f"a persistent id that is no storage's ({pid!r})")
-    return (torch.uint8 if kind is torch.UntypedStorage else kind.dtype), str(key), count
+        raise ValueError("a persistent id that is no storage's")
+    if type(key) is not str or not isinstance(dtype, torch.dtype):
+        raise ValueError("a storage whose key is no text, or whose type is none")
+    return dtype, key, count
 
 
 # ── safetensors ────────────────────────────────────────────────────────────────────────────────
@@ -381,7 +457,9 @@ DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "U16": torch.uint16,
     "I16": torch.int16,
     "F16": torch.float16,
@@ -398,7 +476,7 @@ DTYPES = {
 
 def looks_like_safetensors(start: bytes) -> bool:
     """Tell from a file's first bytes whether it means to be one."""
-    return start[8:10] in (b'{"', b"{}")
+    return re.match(rb'.{8}\{\s*["}]', start, re.DOTALL) is not None
 
 
 def read_safetensors(place: object, file: BinaryIO, size: int) -> Archive:
@@ -425,9 +503,9 @@ def read_safetensors(place: object, file: BinaryIO, size: int) -> Archive:
         end = 8 + length
         for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[told["dtype"]], tuple(told["shape"])
-            first, last = (8 + length + offset for offset in told["data_offsets"])
+            first, last = (8 + length + operator.index(offset) for offset in told["data_offsets"])
             if first != end or last - first != _count(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has shape {shape}, and bytes {told['data_offsets']}")
+                raise ValueError(f"{name!r:.80} is not as long as its shape, or stands in a gap")
             tensors[name] = dtype, shape
             records[name] = Record(name, first, first, last - first, None)
             end = last
@@ -445,9 +523,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count(shape: tuple[Any, ...]) -> int:
-    if not all(type(each) is int and 0 <= each < 1 << 62 for each in shape):
-        raise ValueError(f"{shape} is no shape")
-    return math.prod(shape)
+    count = 1
+    for each in shape:
+        if type(each) is not int or not 0 <= each < 1 << 62 or count * each >= 1 << 62:
+            raise ValueError(f"{shape!s:.80} is no shape")
+        count *= each
+    return count
 
 
 def _tensors(

@@ -17,7 +17,7 @@ from attrs import frozen
 from _ckpt_archive import Archive, Names, Record, read_record, unreadable
 from _ckpt_errors import CorruptError, redact
 from _ckpt_hollow import HollowError, Ledger, build
-from _ckpt_inert import walk
+from _ckpt_inert import Inert, walk
 from _ckpt_tables import Table, folded, section, sized
 
 # ── contents ──────────────────────────────────────────────────────────────────────────────────
@@ -126,19 +126,17 @@ def look_into(archive: Archive, size: int) -> Contents:
     except HollowError:  # a quantized tensor, say; memory that nobody touches costs nothing
         blank = {key: torch.UntypedStorage(each.size) for key, each in archive.records.items()}
         checkpoint = build(archive, blank, {}, ledger, {}, names)
-    top = checkpoint if isinstance(checkpoint, Mapping) else {"": checkpoint}
+    top = checkpoint if isinstance(checkpoint, Mapping) else {}
     bare = all(isinstance(value, torch.Tensor) for value in top.values())
-    tensors, keys = [], dict.fromkeys(map(str, {"": 0} if bare else top), 0)
+    tensors = []
+    keys = dict.fromkeys([""] if bare else map(str, top), 0)
     counted: set[str] = set()
-    for path, value in walk({"": top} if bare else top):
-        if isinstance(value, torch.Tensor):
-            size_of_values = value.numel() * value.element_size()
-            shape = tuple(value.shape)
-            key, *rest = map(str, path)
-            tensors.append(TensorInfo(key, ".".join(rest), shape, value.dtype, size_of_values))
-            fresh = ledger.keys_of(value) - counted
-            counted |= fresh
-            keys[key] += sum(archive.records[record].size for record in fresh)
+    for (key, name), value in _tensors({"": checkpoint} if bare else top).items():
+        size_of_values = value.numel() * value.element_size()
+        tensors.append(TensorInfo(key, name, tuple(value.shape), value.dtype, size_of_values))
+        fresh = ledger.keys_of(value) - counted
+        counted |= fresh
+        keys[key] += sum(archive.records[record].size for record in fresh)
     metadata = find_metadata(archive)
     return Contents(
         place=str(archive.place),
@@ -156,6 +154,20 @@ def look_into(archive: Archive, size: int) -> Contents:
         notes=archive.notes,
         bytes_moved=0,
     )
+
+
+def _tensors(top: Mapping[Any, Any]) -> dict[tuple[str, str], torch.Tensor]:
+    """Give all tensors by key and name; those of a pickled module by the names in its state dict."""
+    found = {
+        (str(key), name): tensor
+        for key, value in top.items()
+        if isinstance(value, Inert) and hasattr(value, "state_dict")
+        for name, tensor in value.state_dict().items()
+    }
+    for (key, *rest), value in walk(top):
+        if isinstance(value, torch.Tensor):
+            found.setdefault((str(key), ".".join(map(str, rest))), value)
+    return found
 
 
 def _scalar(top: Mapping[Any, Any], key: str, kind: type) -> Any:

@@ -88,4 +88,4 @@ def write_safetensors(checkpoint: Any, stream: BinaryIO) -> None:
     stream.write(len(text).to_bytes(8, "little") + text)
     for value in checkpoint.values():
         plain = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-        stream.write(plain.reshape(-1).view(torch.uint8).numpy())
+        stream.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))

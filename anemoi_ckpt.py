@@ -145,6 +145,7 @@ Progress = bool | Callable[[int, int | None], object] | None
 _T = TypeVar("_T")
 _SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
+AHEAD_BYTES = 4 * 1024  # read on past a record: the small ones after the pickle come with it
 PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
 ATTEMPTS = 5  # without progress, before a place counts as unreachable
@@ -258,7 +259,7 @@ class _Blocks(io.RawIOBase):
             if start <= position < start + len(block):
                 return block[position - start :]
         end = min(start for start in (*self._blocks, self._source.size) if start > position)
-        block = memoryview(bytearray(min(end - position, max(length, BLOCK_BYTES))))
+        block = memoryview(bytearray(min(end - position, max(length + AHEAD_BYTES, BLOCK_BYTES))))
         self._source.read(position, [block])
         self._blocks[position] = block
         return block
