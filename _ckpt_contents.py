@@ -131,7 +131,9 @@ def look_into(archive: Archive, size: int) -> Contents:
     tensors = []
     keys = dict.fromkeys([""] if bare else map(str, top), 0)
     counted: set[str] = set()
-    for (key, name), value in _tensors({"": checkpoint} if bare else top).items():
+    with unreadable(archive.place, "its tree of modules"):
+        found = _tensors({"": checkpoint} if bare else top)
+    for (key, name), value in found.items():
         size_of_values = value.numel() * value.element_size()
         tensors.append(TensorInfo(key, name, tuple(value.shape), value.dtype, size_of_values))
         fresh = ledger.keys_of(value) - counted

@@ -94,7 +94,7 @@ class Inert:
     def inert_class(self) -> str:
         """`module.Name` of its class, or of the function that would have made it."""
         func = self._inert_func
-        if func == _NEW_OBJECT:
+        if func in (_NEW_OBJECT, _NEW_OBJECT_EX):
             func = self._inert_args[0]
         if isinstance(func, Inert):  # whose own name could nest without end
             return "an inert object's result"
@@ -327,6 +327,7 @@ _TIME = (int, bytes, str, datetime.timezone)
 _PLAIN: dict[str, tuple[type, tuple[type, ...]]] = {
     "argparse.Namespace": (argparse.Namespace, ()),
     "builtins.bytearray": (bytearray, (bytes,)),
+    "builtins.bytes": (bytes, ()),  # protocol 2 writes no bytes at all so
     "builtins.complex": (complex, (int, float)),
     "builtins.dict": (dict, (dict,)),
     "builtins.frozenset": (frozenset, _GROUP),
@@ -592,6 +593,10 @@ class _Machine(pickle._Unpickler):
             raise pickle.UnpicklingError(f"items added to a {type(target).__name__}")
         target.update(map(_key, items))
 
+    def _make_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.stack.append(frozenset(map(_key, items)))
+
     def _make_dict(self) -> None:
         items = self.pop_mark()
         self.stack.append({})
@@ -610,7 +615,7 @@ class _Machine(pickle._Unpickler):
         pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
         pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
         pickle.ADDITEMS[0]: _add_items,
-        pickle.FROZENSET[0]: lambda self: self.stack.append(frozenset(map(_key, self.pop_mark()))),
+        pickle.FROZENSET[0]: _make_frozenset,
         pickle.DICT[0]: _make_dict,
         pickle.BYTEARRAY8[0]: _bytearray8,
     }
@@ -671,7 +676,7 @@ _EMPTY = (set, tuple, int, float, str, bool, None)  # what makes a default from 
 def _made_by_numpy(name: str, *args: Any) -> Any:
     """Make a dtype, a scalar or an array; where arguments are odd, nothing."""
     if name == "dtype" and isinstance(args[0], str):
-        return np.dtype(args[0])  # type: ignore[no-any-return, unused-ignore]
+        return np.dtype(args[0], copy=True)  # its state changes it
     if name == "_reconstruct" and args[0] == InertGlobal("numpy", "ndarray"):
         return np.ndarray((0,), np.uint8)  # its state comes later
     if name == "scalar" and type(args[1]) is bytes and not args[0].hasobject:
@@ -714,7 +719,7 @@ def _checked_state(obj: Any, state: Any) -> Any:
         told = (size, alignment, flags)
         true = (truth.itemsize, truth.alignment, truth.flags)
         plain = all(a in (b, -1) for a, b in zip(told, true, strict=True)) and order in "<>=|"
-        units = not extra or (obj.kind in "mM" and type(extra[0][0]) is dict)
+        units = not extra or (obj.kind in "mM" and not extra[0][0])  # no more metadata
         if subarray is None and plain and units and flags == truth.flags:
             return state
     raise pickle.UnpicklingError("a numpy object whose state does not fit it")

@@ -1,0 +1,670 @@
+"""Pickles: what is harmless comes as itself, all else as data, and nothing of it runs."""
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import io
+import os
+import pathlib
+import pickle
+import struct
+import subprocess
+import types
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import omegaconf
+import pytest
+import torch
+
+import _ckpt_inert
+from _ckpt_inert import ForbiddenGlobalError, trusted, unpickle, walk
+from anemoi_ckpt import CheckpointError, Inert, InertGlobal, load, metadata, peek
+from checkpoints import as_bytes, assert_same
+from strategies import drop, weights
+
+PROTOCOLS = range(6)
+HERE = __name__
+
+
+def none(pid: Any) -> Any:
+    raise AssertionError(pid)
+
+
+def read(data: bytes, trust: Any = False) -> Any:
+    return unpickle(io.BytesIO(data), none, trusted(trust))
+
+
+def rewritten(value: Any, protocol: int) -> bytes:
+    """What our pickler makes of what our machine read."""
+    out = io.BytesIO()
+    _ckpt_inert.Pickler(out, protocol).dump(value)
+    return out.getvalue()
+
+
+# ── what is harmless ──────────────────────────────────────────────────────────────────────────
+
+HARMLESS: list[Any] = [
+    *(None, True, 7, -(2**70), 2.5, "text", b"bytes", bytearray(b"array"), 1 + 2j),
+    *((1, (2, ())), [1, [2]], {"a": {"b": 1}}, {1, 2}, frozenset({3}), range(1, 9, 2)),
+    collections.OrderedDict(a=1, b=2),
+    collections.defaultdict(list, {"a": [1]}),
+    collections.defaultdict(None, {"a": 1}),
+    collections.Counter("abca"),
+    collections.deque([1, 2], maxlen=3),
+    argparse.Namespace(a=1),
+    types.SimpleNamespace(a=1),
+    pathlib.PosixPath("/a/b"),
+    pathlib.PureWindowsPath("c:/a"),
+    dt.date(2026, 11, 23),
+    dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC),
+    dt.time(1, 2, 3),
+    dt.timedelta(days=1, seconds=2),
+    dt.timezone(dt.timedelta(hours=1), "CET"),
+    decimal.Decimal("1.50"),
+    *(torch.float32, torch.Size([1, 2]), torch.device("cpu"), torch.strided, dict, set),
+    *(np.float32(1.5), np.int64(3), np.bool_(1), np.datetime64("2026-11-23", "h")),
+    *(np.dtype("<f4"), np.dtype(">i8"), np.dtype("U5"), np.dtype("M8[ns]"), np.dtype("O")),
+    np.dtype([("a", "<f4"), ("b", ">i2")]),
+    np.arange(6.0).reshape(2, 3),
+    np.asfortranarray(np.arange(6).reshape(2, 3)),
+    np.array(["a", "bcd"]),
+    np.array([], np.float16),
+    np.array([None, "x", 3], dtype=object),
+    np.array(["2026-11-23"], "M8[D]"),
+    np.array([(1.0, 2)], dtype=[("a", "<f4"), ("b", "<i2")]),
+    slice(1, None, 2),
+]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("value", HARMLESS, ids=lambda value: repr(value)[:40])
+def test_what_is_harmless_comes_as_itself(value: Any, protocol: int) -> None:
+    data = pickle.dumps(value, protocol)
+    expected = pickle.loads(data)
+    if protocol < 2 and not same(read(data), expected):
+        assert isinstance(read(data), Inert)  # protocols that no torch writes: as data
+        return
+    assert same(read(data), expected)
+    assert same(read(rewritten(read(data), protocol)), expected)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return (
+            isinstance(other, np.ndarray)
+            and (one.dtype, one.shape) == (other.dtype, other.shape)
+            and one.tolist() == other.tolist()
+            and one.flags.f_contiguous == other.flags.f_contiguous
+        )
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is the other way round")
+def test_a_path_of_another_system_is_a_pure_one() -> None:
+    data = b"\x80\x04cpathlib\nWindowsPath\nX\x03\x00\x00\x00c:/\x85R."
+    assert read(data) == pathlib.PureWindowsPath("c:/")
+
+
+# ── what is not ───────────────────────────────────────────────────────────────────────────────
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.name_to_index = {"t": 0}
+        self.values = [1, 2]
+
+
+class Slotted:
+    __slots__ = ("__dict__", "a")
+
+    def __init__(self) -> None:
+        self.a, self.b = 1, 2
+
+
+class OnlySlots:
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Config:
+    lr: float
+    steps: tuple[int, ...]
+
+
+class Pair(NamedTuple):
+    first: int
+    second: str
+
+
+class Dotted(dict):  # type: ignore[type-arg]
+    pass
+
+
+class Listed(list):  # type: ignore[type-arg]
+    pass
+
+
+class Reduced:
+    def __reduce__(self) -> Any:
+        return made, (3, "x")
+
+
+class Keyword:
+    def __new__(cls, *, a: int = 0) -> Self:
+        self = super().__new__(cls)
+        self.a = a
+        return self
+
+    def __getnewargs_ex__(self) -> Any:
+        return (), {"a": self.a}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keyword) and self.a == other.a
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Outer:
+    class Inner:
+        def __init__(self) -> None:
+            self.a = 1
+
+
+def made(*args: Any) -> Any:
+    return ["made", *args]
+
+
+class Ring:
+    def __init__(self) -> None:
+        self.itself = self
+        self.group = [self]
+
+
+def inert(value: Any, protocol: int = 2) -> Any:
+    found = read(pickle.dumps(value, protocol))
+    assert isinstance(found, Inert)
+    return found
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_state_is_read_as_attributes(protocol: int) -> None:
+    plain = inert(Plain(), protocol)
+    assert plain.name_to_index == {"t": 0}
+    assert plain.values == [1, 2]
+    assert inert(Config(0.1, (1, 2)), protocol).steps == (1, 2)
+    ring = inert(Ring(), protocol)
+    assert ring.itself is ring
+    assert ring.group[0] is ring
+    with pytest.raises(AttributeError, match=r"Plain: name_to_index, values> has no 'x'"):
+        _ = inert(Plain()).x
+    if protocol > 1:
+        assert (inert(Slotted(), protocol).a, inert(Slotted(), protocol).b) == (1, 2)
+        assert inert(OnlySlots(), protocol).a == 1
+    assert {"name_to_index", "values", "inert_class"} <= set(dir(inert(Plain())))
+
+
+def test_what_an_inert_object_is() -> None:
+    assert repr(inert(Plain())) == f"<inert {HERE}.Plain: name_to_index, values>"
+    assert repr(inert(Colour.RED)) == f"<inert {HERE}.Colour: 'red'>"
+    assert repr(inert(Pair(1, "x"))) == f"<inert {HERE}.Pair: 1, 'x'>"
+    assert repr(inert(Reduced())) == f"<inert {HERE}.made: 3, 'x'>"
+    assert repr(inert(Dotted({i: [i] for i in range(9)}))).endswith(
+        "Dotted: 0, 1, 2, 3, 4, 5, 6, 7, …>"
+    )
+    assert repr(inert(Dotted({(1,): 2}))).endswith("Dotted: …>")
+    assert repr(read(pickle.dumps(made))) == f"<inert {HERE}.made>"
+    assert repr(inert(Keyword(a=2), 4)).startswith(f"<inert {HERE}.Keyword: a")
+    partial = inert(functools.partial(made, 1, a=2))
+    assert partial.inert_class == "functools.partial"
+    assert (partial.func, partial.args, partial.keywords) == (
+        read(pickle.dumps(made)),
+        (1,),
+        {"a": 2},
+    )
+    called = read(b"\x80\x02cx\ny\n)R)R.")  # what an inert function gave is called again
+    assert repr(called) == "<inert an inert object's result>"
+
+
+def test_what_is_like_a_container_is_walked() -> None:
+    for found in (inert(Dotted(a=1, b=[2])), inert(collections.UserDict(a=1, b=[2]))):
+        assert (found["a"], found.b, len(found), "a" in found, bool(found)) == (
+            1,
+            [2],
+            2,
+            True,
+            True,
+        )
+        assert list(found) == list(found.keys()) == ["a", "b"]
+        assert list(found.values()) == [1, [2]]
+        assert dict(found.items()) == dict(found) == {"a": 1, "b": [2]}
+        assert found.get("c", 3) == 3
+        with pytest.raises(KeyError):
+            found["c"]
+    for found in (inert(Listed([1, 2])), inert(collections.UserList([1, 2]))):
+        assert (found[1], list(found), 2 in found, 3 in found) == (2, [1, 2], True, False)
+    assert not inert(collections.UserDict())
+    assert inert(Plain())
+    with pytest.raises(TypeError, match="holds no dict or list to walk"):
+        len(inert(Plain()))
+
+
+def test_a_configuration_is_walked() -> None:
+    config = omegaconf.OmegaConf.create({"training": {"lr": 0.1, "devices": [1, "x"]}})
+    found = inert(config)
+    assert found.training.lr == found["training"]["lr"] == 0.1
+    assert list(found.training.devices) == [1, "x"]
+    assert dict(found.training.items())["lr"] == 0.1
+    assert found == inert(config)
+    assert pickle.loads(rewritten(found, 2)) == config
+
+
+def test_inert_objects_compare_and_hash() -> None:
+    ring = inert(Ring())
+    assert ring == inert(Ring())
+    assert inert(Colour.RED) == inert(Colour.RED)
+    assert {inert(Colour.RED): 1}[inert(Colour.RED)] == 1
+    assert InertGlobal("a", "B") == InertGlobal("a", "B") != InertGlobal("a", "C")
+    assert {InertGlobal("a", "B")} == {InertGlobal("a", "B")}
+    others = [
+        ([1], [2]),
+        ([1], [1, 2]),
+        ([1], (1,)),
+        ({"a": 1}, {"b": 1}),
+        ({"a": [1]}, {"a": [2]}),
+        (np.arange(2), np.arange(3)),
+        (np.array([1, 2]), np.array([1, 3])),
+        (1, 1.0),
+    ]
+    for one, other in others:
+        assert inert(made_of(one)) == inert(made_of(one))
+        assert inert(made_of(one)) != inert(made_of(other))
+    assert inert(Plain()) != 3
+    tensors = [torch.ones(2), torch.zeros(2), torch.ones(3), torch.ones(2, device="meta")]
+    held = [Inert(InertGlobal("a", "B"), (tensor,)) for tensor in tensors]
+    again = [Inert(InertGlobal("a", "B"), (tensor.clone(),)) for tensor in tensors]
+    assert [[one == other for other in again] for one in held] == torch.eye(4).bool().tolist()
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+def made_of(held: Any) -> Any:
+    return Holder(held)
+
+
+def test_inert_objects_copy_and_pickle_as_data() -> None:
+    for value in (Ring(), Plain(), Colour.RED, Dotted(a=1), Listed([1]), Keyword(a=3)):
+        found = inert(value)
+        assert copy.copy(found) == found
+        assert copy.deepcopy(found) == found
+        assert pickle.loads(pickle.dumps(found)) == found
+        assert read(pickle.dumps(found)) == found  # also by our own machine
+    ring = copy.deepcopy(inert(Ring()))
+    assert ring.itself is ring
+    with pytest.raises(AttributeError):
+        ring.itself = 3
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_is_written_back_is_the_real_thing(protocol: int) -> None:
+    values = [Plain(), Config(0.1, (1,)), Colour.RED, Pair(1, "x"), Dotted(a=1), Listed([1])]
+    values += [Keyword(a=3), Slotted(), functools.partial(made, 1, a=2), Outer.Inner, made, Outer()]
+    for value in values:
+        back = pickle.loads(rewritten(read(pickle.dumps(value, protocol)), protocol))
+        assert type(back) is type(value)
+        if type(value).__eq__ is not object.__eq__:
+            assert back == value
+        elif isinstance(value, functools.partial):
+            assert repr(back) == repr(value)
+        else:
+            assert getattr(back, "__dict__", None) == getattr(value, "__dict__", None)
+    ring = pickle.loads(rewritten(inert(Ring(), protocol), protocol))
+    assert type(ring) is Ring
+    assert ring.group[0] is ring.itself is ring
+    inner = pickle.loads(rewritten(read(pickle.dumps(Outer.Inner(), protocol)), 6 - protocol))
+    assert type(inner) is Outer.Inner
+    assert pickle.loads(rewritten(read(pickle.dumps(Reduced())), protocol)) == ["made", 3, "x"]
+
+
+def test_an_object_among_its_own_arguments_is_written_back() -> None:
+    found = inert(Plain())
+    around = Inert(InertGlobal(HERE, "made"), ([],))
+    around._inert_args[0].append(around)
+    again = read(rewritten([found, around], 2))
+    assert again[1]._inert_args[0][0]._inert_func == InertGlobal(HERE, "made")
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses_hold_their_tensor(tmp_path: Path) -> None:
+    named = torch.arange(3.0).as_subclass(Named)
+    named.unit = "K"  # type: ignore[attr-defined]
+    (tmp_path / "a").write_bytes(as_bytes({"t": named, "u": torch.ones(2)}))
+    found = load(tmp_path / "a")["t"]
+    assert torch.equal(found._inert_args[0], torch.arange(3.0))
+    assert type(load(tmp_path / "a", trust=[Named])["t"]) is Named
+    torch.save({"t": found}, tmp_path / "b", pickle_module=_ckpt_inert)
+    back = torch.load(tmp_path / "b", weights_only=False)["t"]
+    assert (type(back), back.unit, back.tolist()) == (Named, "K", [0, 1, 2])
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.nn.Parameter(torch.rand(2))
+        self.register_parameter("nothing", None)
+        self.register_buffer("kept", torch.rand(2))
+        self.register_buffer("lost", torch.rand(2), persistent=False)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        self.tied = self.layers[0]
+        self.absent = None
+        self.register_module("gone", None)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_module_gives_its_state_dict(tmp_path: Path, legacy: bool) -> None:
+    net = Net()
+    (tmp_path / "a").write_bytes(as_bytes(net, _use_new_zipfile_serialization=not legacy))
+    found = load(tmp_path / "a", weights)
+    assert_same(dict(found), dict(net.state_dict()))
+    whole = load(tmp_path / "a")
+    assert torch.equal(whole.own, net.own)
+    assert torch.equal(getattr(whole.layers, "0").weight, net.layers[0].weight)
+    assert torch.equal(whole.lost, net.lost)
+
+
+def test_modules_that_hold_each_other_without_end(tmp_path: Path) -> None:
+    net = torch.nn.Module()
+    net._modules["again"] = net
+    torch.save(net, tmp_path / "a")
+    with pytest.raises(ValueError, match="hold each other without end"):
+        load(tmp_path / "a", weights)
+    with pytest.raises(CheckpointError, match="without end"):
+        peek(tmp_path / "a")
+    wide = torch.nn.Module()
+    for _ in range(40):
+        wide, inner = torch.nn.Module(), wide
+        wide._modules |= {"a": inner, "b": inner}
+    torch.save(wide, tmp_path / "a")
+    with pytest.raises(ValueError, match="without end"):
+        load(tmp_path / "a", weights)
+
+
+def test_walking_enters_each_container_once() -> None:
+    shared = [1]
+    held: dict[str, Any] = {"a": shared, "b": (shared, {2}), "n": argparse.Namespace(x=3)}
+    held["itself"] = held
+    held["inert"] = inert(Dotted(k=4))
+    assert list(walk(held)) == [
+        (("a", 0), 1),
+        (("b", 1, 0), 2),
+        (("n", "x"), 3),
+        (("inert", ""), None),
+        (("inert", "k"), 4),
+        (("inert", 0), read(pickle.dumps(Dotted))),
+    ]
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert list(walk(deep)) == []
+
+
+# ── trust ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS[2:])
+def test_trusted_classes_are_real_and_no_others(protocol: int) -> None:
+    held = [Plain(), Ring(), Dotted(a=1), Listed([1]), Slotted()]
+    data = pickle.dumps(held, protocol)
+    found = read(data, [Plain, Dotted, Listed, Slotted])
+    kinds = [type(each).__name__ for each in found]
+    assert kinds == ["Plain", "Inert", "Dotted", "Listed", "Slotted"]
+    assert found[0].name_to_index == {"t": 0}
+    assert (found[2], found[3], found[4].a) == ({"a": 1}, [1], 1)
+    assert [type(each) for each in read(data, trust=True)] == [type(each) for each in held]
+    alias = read(pickle.dumps(Plain(), protocol), [(Ring, f"{HERE}.Plain")])
+    assert type(alias) is Ring
+    keyword = read(pickle.dumps(Keyword(a=3), 4), [Keyword])
+    assert (type(keyword), keyword.a) == (Keyword, 3)
+
+
+def test_trusted_functions_and_old_instances() -> None:
+    assert read(pickle.dumps(Reduced()), [made]) == ["made", 3, "x"]
+    old = f"(i{HERE}\nConfig\n.".encode()
+    assert isinstance(read(old, [Config]), Config)
+    assert read(old).inert_class == f"{HERE}.Config"
+    outer = read(pickle.dumps(Outer.Inner(), 2), [Outer.Inner])
+    assert type(outer) is Outer.Inner
+
+
+def test_tensors_of_the_first_torches() -> None:
+    """Made empty, and set by their state."""
+    storage = torch.arange(4.0).untyped_storage()
+    held = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+    data = b"\x80\x02ctorch\nTensor\n)R(K\x07QK\x01K\x02\x85K\x01\x85tb."
+    found = unpickle(io.BytesIO(data), lambda pid: held, trusted(False))
+    assert found.tolist() == [1, 2]
+    data = b"\x80\x02ctorch.nn.parameter\nParameter\nctorch\nTensor\n)R\x85\x81"
+    data += b"(\x89N" + call("collections", "OrderedDict", b"") + b"tb."
+    found = read(data)
+    assert (type(found), found.requires_grad) == (torch.nn.Parameter, False)
+
+
+# ── hostile ───────────────────────────────────────────────────────────────────────────────────
+
+RAN: list[str] = []
+
+
+def canary(*_args: Any, **_kwargs: Any) -> Any:
+    RAN.append("ran")
+
+
+class SetState:
+    def __setstate__(self, state: Any) -> None:
+        canary()
+
+
+class ReduceEx:
+    def __init__(self, *how: Any) -> None:
+        self.how = how
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.how
+
+
+def text(value: str) -> bytes:
+    raw = value.encode()
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def call(module: str, name: str, arguments: bytes) -> bytes:
+    return f"c{module}\n{name}\n".encode() + b"(" + arguments + b"tR"
+
+
+def deep_key() -> bytes:
+    return b"\x80\x02}(" + b")" + b"\x85" * 100_000 + b"K\x01u."
+
+
+def wide_key(opcode: bytes) -> bytes:
+    return b"\x80\x04}(K\x01\x85" + (b"q\x01h\x01" + opcode) * 60 + b"K\x01u."
+
+
+touch = "touch it-ran"
+STATE = SetState()
+STATE.x = 1  # type: ignore[attr-defined]
+MUCH = b"\x8a\x05\0\0\0\0\x7f"  # half a trillion
+HOSTILE: dict[str, bytes] = {
+    "os.system": pickle.dumps(ReduceEx(os.system, (touch,)), 2),
+    "posix.system": b"\x80\x02" + call("posix", "system", text(touch)) + b".",
+    "sys.modules": b"\x80\x02csys\nmodules\n.",
+    "eval": pickle.dumps(ReduceEx(eval, (f"__import__('os').system({touch!r})",)), 4),
+    "exec": b"\x80\x02" + call("__builtin__", "exec", text("raise SystemExit")) + b".",
+    "Popen": pickle.dumps(ReduceEx(subprocess.Popen, (["touch", "it-ran"],)), 4),
+    "__import__": b"\x80\x02" + call("builtins", "__import__", text("antigravity")) + b".",
+    "getattr": b"\x80\x02"
+    + call("builtins", "getattr", b"c__main__\nx\n" + text("__globals__")) + b".",
+    "getattr of a module that is refused": b"\x80\x02"
+    + call("builtins", "getattr", b"cos\npath\n" + text("join")) + b".",
+    "setstate": pickle.dumps(STATE, 4),
+    "reduce_ex": pickle.dumps(ReduceEx(canary, (1,)), 4),
+    "state by a function": pickle.dumps(ReduceEx(dict, (), {"a": 1}), 2),
+    "state setter": pickle.dumps(ReduceEx(Plain, (), {"a": 1}, None, None, canary), 4),
+    "BUILD on a class": b"\x80\x02ccollections\nOrderedDict\n}" + text("x") + b"K\x01sb.",
+    "BUILD on torch.Tensor": b"\x80\x02ctorch\nTensor\n}" + text("add") + b"K\x01sb.",
+    "BUILD on a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}"
+    + text("__code__") + b"Ns\x86b.",
+    "BUILD on a type": b"\x80\x02ctorch\nfloat32\n}" + text("x") + b"K\x01sb.",
+    "a name in __main__": b"\x80\x02" + call("__main__", "main", b"") + b".",
+    "a name in torch": b"\x80\x02" + call("torch", "load", text("/etc/passwd")) + b".",
+    "a name of two lines": b"\x80\x04" + text("a") + text("b\nc") + b"\x93.",
+    "torch.hub": b"\x80\x02" + call("torch.hub", "load", text("a/b")) + b".",
+    "a call of a number": b"\x80\x02K\x01)R.",
+    "a call with a list": b"\x80\x02cx\ny\n]R.",
+    "numpy's load": b"\x80\x02" + call("numpy", "load", text("x.npy")) + b".",
+    "memory by bytearray": b"\x80\x02" + call("builtins", "bytearray", MUCH) + b".",
+    "memory by Tensor": b"\x80\x02" + call("torch", "Tensor", MUCH) + b".",
+    "memory by storage": b"\x80\x02" + call("torch.storage", "UntypedStorage", MUCH) + b".",
+    "a set of a range": b"\x80\x02"
+    + call("builtins", "set", call("builtins", "range", MUCH)) + b".",
+    "a size of a range": b"\x80\x02"
+    + call("torch", "Size", call("builtins", "range", MUCH)) + b".",
+    "a parameter of data": b"\x80\x02"
+    + call("torch._utils", "_rebuild_parameter", b"cx\ny\n)R\x88N") + b".",
+    "rebuild by a class": b"\x80\x02"
+    + call("torch._tensor", "_rebuild_from_type_v2", b"ctorch\nTensor\ncx\ny\n)}") + b".",
+    "bytes that are none": b"\x80\x02" + call("_codecs", "encode", text("x") + text("zip")) + b".",
+    "a default by a function": b"\x80\x02"
+    + call("collections", "defaultdict", b"ctorch\nTensor\n") + b".",
+    "BYTEARRAY8": b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b"x.",
+    "BINBYTES8": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.",
+    "BINUNICODE8": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.",
+    "FRAME": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",
+    "LONG_BINPUT": b"\x80\x02]r\xff\xff\xff\xff.",
+    "EXT": b"\x80\x02\x82\x01.",
+    "PERSID": b"\x80\x02P1\n.",
+    "a persistent id that is a number": b"\x80\x02K\x01Q.",
+    "a persistent id of another": b"\x80\x02(" + text("file") + b"NNNNtQ.",
+    "an unknown opcode": b"\x80\x02\xff.",
+    "no end": b"\x80\x02]" * 9,
+    "an empty stack": b"\x80\x02u.",
+    "a deep key": deep_key(),
+    "a wide key": wide_key(b"\x86"),
+    "a wide set": b"\x80\x04\x8f(K\x01\x85" + b"q\x01h\x01\x86" * 60 + b"\x90.",
+    "a wide frozenset": b"\x80\x04(K\x01\x85" + b"q\x01h\x01\x86" * 60 + b"\x91.",
+    "a wide set by a call": b"\x80\x02"
+    + call("builtins", "set", b"](K\x01\x85" + b"q\x01h\x01\x86" * 60 + b"e") + b".",
+    "items set on a tuple": b"\x80\x02)K\x01K\x02s.",
+    "items appended to a dict": b"\x80\x02}K\x01a.",
+    "items added to a list": b"\x80\x04](K\x01\x90.",
+    "a list in itself": b"\x80\x02]q\0h\0a.",
+    "a dict in itself": b"\x80\x02}q\0(K\x01h\0u.",
+    "lists nested deep": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "nested pickles": pickle.dumps(pickle.dumps(pickle.dumps(ReduceEx(canary, ())))),
+    "a dtype that lies about its flags": b"\x80\x02"
+    + call("numpy", "dtype", text("V8") + b"\x89\x88")
+    + b"(K\x03" + text("|") + b"NNNK\x08K\x01K?tb.",
+    "a dtype that lies about its size": b"\x80\x02"
+    + call("numpy", "dtype", text("S1") + b"\x89\x88")
+    + b"(K\x03" + text("|") + b"NNNM\xff\xffK\x01K\x00tb.",
+    "an array that lies": b"\x80\x02"
+    + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85" + text("b"))
+    + b"(K\x01M\xff\xff\x85" + call("numpy", "dtype", text("f8")) + b"\x89" + text("x") + b"tb.",
+    "an array of pointers": b"\x80\x02"
+    + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85" + text("b"))
+    + b"(K\x01K\x01\x85" + call("numpy", "dtype", text("O")) + b"\x89"
+    + call("_codecs", "encode", text("12345678") + text("latin1")) + b"tb.",
+    "a scalar of a pointer": b"\x80\x02"
+    + call("numpy.core.multiarray", "scalar", call("numpy", "dtype", text("O")) + b"N") + b".",
+    "an array of another class": b"\x80\x02"
+    + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nmatrix\nK\x00\x85" + text("b"))
+    + b".",
+}  # fmt: skip
+
+
+def archived(data: bytes) -> bytes:
+    """A torch zip with this pickle."""
+    import zipfile
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+    return out.getvalue()
+
+
+def legacy(data: bytes) -> bytes:
+    """A legacy file with this pickle."""
+    magic, version, system, _checkpoint, keys = (
+        pickle.dumps(each, 2)
+        for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, None, [])
+    )
+    return magic + version + system + data + keys
+
+
+@pytest.mark.parametrize("form", [archived, legacy])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_of_a_hostile_pickle_runs(
+    name: str, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ), dir(torch.Tensor), dir(collections.OrderedDict)
+    (tmp_path / "a.ckpt").write_bytes(form(HOSTILE[name]))
+    attempts = {
+        "load": lambda: load("a.ckpt"),
+        "strategies": lambda: load("a.ckpt", weights),
+        "dropping": lambda: load("a.ckpt", drop("x", missing_ok=True)),
+        "peek": lambda: repr(peek("a.ckpt")),
+        "metadata": lambda: metadata("a.ckpt", arrays=True),
+    }
+    for what, attempt in attempts.items():
+        try:
+            found = attempt()
+        except CheckpointError:
+            found = None
+        except (TypeError, ValueError, AttributeError):  # of a strategy that was given no dict
+            if what not in ("strategies", "dropping"):
+                raise
+            found = None
+        if what == "load" and found is not None:
+            assert not isinstance(found, subprocess.Popen)
+            assert len(repr(found) if name != "lists nested deep" else "") < 1000
+    assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
+    assert RAN == []
+    assert before == (dict(os.environ), dir(torch.Tensor), dir(collections.OrderedDict))
+
+
+@pytest.mark.parametrize("name", ["os.system", "posix.system", "sys.modules"])
+def test_what_torch_refuses_is_refused_here(name: str) -> None:
+    with pytest.raises(ForbiddenGlobalError, match=r"(posix|sys)\."):
+        read(HOSTILE[name])
+
+
+def test_hostile_pickles_take_little_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    for name, data in HOSTILE.items():
+        tracemalloc.start()
+        with contextlib.suppress(Exception):
+            read(data)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100 * len(data) + 1_000_000, name
