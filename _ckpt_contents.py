@@ -159,7 +159,7 @@ def look_into(archive: Archive, size: int) -> Contents:
 
 
 def _tensors(top: Mapping[Any, Any]) -> dict[tuple[str, str], torch.Tensor]:
-    """Give all tensors by key and name; those of a pickled module by the names in its state dict."""
+    """Give all tensors by key and name; those of a pickled module as its state dict has them."""
     found = {
         (str(key), name): tensor
         for key, value in top.items()

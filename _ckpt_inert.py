@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
+import datetime as dt
 import decimal
 import functools
 import itertools
@@ -21,7 +21,7 @@ import pickle
 import types
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -288,26 +288,27 @@ def _same(one: object, other: object) -> bool:
         if a is b or (id(a), id(b)) in seen:
             continue
         seen.add((id(a), id(b)))
-        if type(a) is not type(b):
+        pairs = _pairs(a, b) if type(a) is type(b) else None
+        if pairs is None:
             return False
-        if isinstance(a, Inert) and isinstance(b, Inert):
-            todo += zip(_held(a), _held(b), strict=True)
-        elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-            todo += zip(a, b, strict=True)
-        elif isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            todo += ((value, b[key]) for key, value in a.items())
-        elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-                return False
-            if not a.is_meta and not torch.equal(a, b):
-                return False
-        elif isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-            if (a.dtype, a.shape) != (b.dtype, b.shape):
-                return False
-            todo.append((a.tolist(), b.tolist()))
-        elif a != b:
-            return False
+        todo += pairs
     return True
+
+
+def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]] | None:
+    """Give what must be the same within two of a type, for them to be; None if they are not."""
+    if isinstance(a, Inert):
+        return [*zip(_held(a), _held(b), strict=True)]
+    if isinstance(a, list | tuple):
+        return [*zip(a, b, strict=True)] if len(a) == len(b) else None
+    if isinstance(a, dict):
+        return [(value, b[key]) for key, value in a.items()] if a.keys() == b.keys() else None
+    if isinstance(a, np.ndarray):
+        return [(a.dtype, b.dtype), (a.shape, b.shape), (a.tolist(), b.tolist())]
+    if isinstance(a, torch.Tensor):
+        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        return [] if alike and (a.is_meta or torch.equal(a, b)) else None
+    return [] if a == b else None
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────
@@ -321,7 +322,7 @@ _POSIX = pathlib.PurePosixPath if os.name == "nt" else pathlib.PosixPath
 _WINDOWS = pathlib.WindowsPath if os.name == "nt" else pathlib.PureWindowsPath
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 _GROUP = (list, tuple, set, frozenset)
-_TIME = (int, bytes, str, datetime.timezone)
+_TIME = (int, bytes, str, dt.timezone)
 # Standard classes that are data and no more: of which types their arguments may be. Nothing passes
 # that allocates by a number (bytearray(10**12)) or walks without end (set(range(10**12))).
 _PLAIN: dict[str, tuple[type, tuple[type, ...]]] = {
@@ -340,11 +341,11 @@ _PLAIN: dict[str, tuple[type, tuple[type, ...]]] = {
     "collections.OrderedDict": (collections.OrderedDict, (dict, list)),
     "collections.defaultdict": (collections.defaultdict, (type, type(None))),
     "collections.deque": (collections.deque, (list, tuple, int, type(None))),
-    "datetime.date": (datetime.date, _TIME),
-    "datetime.datetime": (datetime.datetime, _TIME),
-    "datetime.time": (datetime.time, _TIME),
-    "datetime.timedelta": (datetime.timedelta, (int,)),
-    "datetime.timezone": (datetime.timezone, (datetime.timedelta, str)),
+    "datetime.date": (dt.date, _TIME),
+    "datetime.datetime": (dt.datetime, _TIME),
+    "datetime.time": (dt.time, _TIME),
+    "datetime.timedelta": (dt.timedelta, (int,)),
+    "datetime.timezone": (dt.timezone, (dt.timedelta, str)),
     "decimal.Decimal": (decimal.Decimal, (str,)),
     "types.SimpleNamespace": (types.SimpleNamespace, ()),
     **{
@@ -363,7 +364,11 @@ _NUMPY = {  # made by numpy's public constructors, which check what they are tol
     for core in ("core", "_core")
     for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 } | {"numpy.dtype"}
-_MEMORY = {*torch._tensor_classes, *torch._storage_classes, torch.Tensor}  # noqa: SLF001 - as torch's own list has them
+_MEMORY = {
+    *torch._tensor_classes,
+    *torch._storage_classes,
+    torch.Tensor,
+}  # as torch's own list has them
 _ITEM_TYPES = {dict, collections.OrderedDict, collections.defaultdict, collections.Counter}
 _LIST_TYPES = {list, collections.deque}
 
@@ -445,13 +450,16 @@ class _TrustingMachine(pickle.Unpickler):
         return self._storage_of(pid)
 
 
-class _Machine(pickle._Unpickler):
+_PYTHON_MACHINE: Any = pickle._Unpickler  # nobody annotates it
+
+
+class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     """The machine without the opcodes that run code; ours in their place."""
 
     # EXT*, which look into a registry of the process, the text PERSID and out-of-band buffers are
     # not among them, nor is whatever a later protocol will bring
-    dispatch = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        opcode[0]: _PYTHON_MACHINE.dispatch[opcode[0]]
         for opcode in (
             *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
             *(pickle.DUP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT),
@@ -563,7 +571,7 @@ class _Machine(pickle._Unpickler):
             obj.set_(*state)
         elif kind is torch.nn.Parameter:
             obj.__setstate__(state)
-        elif isinstance(obj, np.dtype | np.ndarray):
+        elif issubclass(kind, np.dtype | np.ndarray):
             obj.__setstate__(_checked_state(obj, state))
         elif kind is collections.OrderedDict or kind in _NAMESPACES:
             vars(obj).update(state)
@@ -642,32 +650,40 @@ _NOTHING = object()
 
 
 def _made_plain(name: str, args: tuple[Any, ...]) -> Any:
-    """Give what a standard class or numpy makes of arguments that are data, or nothing."""
+    """Give what a standard class, numpy or ours makes of arguments that are data, or nothing."""
     try:
-        if name in ("_codecs.encode", "builtins.bytearray") and args and type(args[0]) is str:
-            text, encoding = args  # how protocol 2 writes bytes (pickle.py, save_bytes)
-            if encoding in ("latin1", "latin-1"):
-                raw = text.encode("latin1")
-                return raw if name == "_codecs.encode" else bytearray(raw)
         if name in _NUMPY:
             return _made_by_numpy(name.rpartition(".")[2], *args)
-        if name == "anemoi_ckpt.Inert" and not args:
-            return Inert()
-        if name == "anemoi_ckpt.InertGlobal" and [*map(type, args)] == [str, str]:
-            return InertGlobal(*args)
-        kind, types_of_args = _PLAIN.get(name, (None, ()))
-        if kind is None or any(
-            type(arg) not in types_of_args and not isinstance(arg, type) for arg in args
-        ):
-            return _NOTHING
-        if kind is collections.defaultdict and not {*args} <= {*_ITEM_TYPES, *_LIST_TYPES, *_EMPTY}:
-            return _NOTHING
-        for group in args:
-            if isinstance(group, list | tuple) and kind is not collections.OrderedDict:
-                any(map(_key, group))
-        return kind(*args)
+        if name in _OURS:
+            return _OURS[name](*args)
+        if name in ("_codecs.encode", "builtins.bytearray") and args and type(args[0]) is str:
+            return _decoded(name, *args)
+        return _made_standard(name, args)
     except Exception:  # noqa: BLE001 - whatever a class objects to stays data
         return _NOTHING
+
+
+_OURS = {"anemoi_ckpt.Inert": Inert, "anemoi_ckpt.InertGlobal": InertGlobal}  # pickled as data
+
+
+def _decoded(name: str, text: str, encoding: str) -> Any:
+    """Give the bytes that protocol 2 writes as text (pickle.py, save_bytes)."""
+    if encoding not in ("latin1", "latin-1"):
+        return _NOTHING
+    raw = text.encode("latin1")
+    return raw if name == "_codecs.encode" else bytearray(raw)
+
+
+def _made_standard(name: str, args: tuple[Any, ...]) -> Any:
+    kind, types_of_args = _PLAIN.get(name, (None, ()))
+    if kind is None or not all(type(arg) in types_of_args or isinstance(arg, type) for arg in args):
+        return _NOTHING
+    if kind is collections.defaultdict and not {*args} <= {*_ITEM_TYPES, *_LIST_TYPES, *_EMPTY}:
+        return _NOTHING
+    for group in args:
+        if isinstance(group, list | tuple) and kind is not collections.OrderedDict:
+            any(map(_key, group))
+    return kind(*args)
 
 
 _EMPTY = (set, tuple, int, float, str, bool, None)  # what makes a default from nothing
@@ -699,7 +715,7 @@ def _checked_state(obj: Any, state: Any) -> Any:
         *_, shape, dtype, _, raw = state
         count = functools.reduce(lambda a, b: a * b, shape, 1)
         if isinstance(dtype, np.dtype) and all(type(n) is int and n >= 0 for n in shape):
-            if dtype == object and type(raw) is list and len(raw) == count:
+            if dtype.hasobject and dtype.names is None and type(raw) is list and len(raw) == count:
                 return state
             if not dtype.hasobject and type(raw) is bytes and len(raw) == count * dtype.itemsize:
                 return state
@@ -746,10 +762,13 @@ def _made_by_torch(func: Any, args: tuple[Any, ...]) -> Any:
 # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Pickler(pickle._Pickler):
+_PYTHON_PICKLER: Any = pickle._Pickler  # likewise
+
+
+class Pickler(_PYTHON_PICKLER):  # type: ignore[misc] # see above
     """Writes inert objects as what they were read from. `torch.save` takes this module for it."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict[type, Callable[[Any, Any], None]]] = dict(_PYTHON_PICKLER.dispatch)
 
     def _save_global(self, obj: InertGlobal) -> None:
         outer, _, inner = obj.name.rpartition(".")

@@ -9,15 +9,16 @@ import difflib
 import functools
 import http.client
 import importlib
+import io
 import os
 import re
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 from attrs import field, frozen
 
@@ -749,7 +750,7 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
 
 
 def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
-    status, code = _status(err)
+    status, code = next(filter(any, map(_status, _links(err))), (0, ""))
     said = f"{type(err).__name__}: {err}" if not status else f"the server answered {status} {code}"
     denied = isinstance(err, PermissionError) or type(err).__name__ in _NO_CREDENTIALS
     if denied or status in (401, 403) or code in _EXPIRED:
@@ -819,13 +820,18 @@ def _retry_after(err: Any) -> float:
     return float(text) if text.isdecimal() else 0.0
 
 
-def _without_secrets(err: BaseException) -> BaseException:
-    """Give back the error, or a likeness of it if it or its causes show a secret."""
+def _links(err: BaseException) -> Iterator[BaseException]:
+    """Give an error and what caused it: smart-open wraps what its SDKs say."""
     link: BaseException | None = err
     while link is not None:
-        if redact(str(link)) != str(link):
-            return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
+        yield link
         link = link.__cause__ or link.__context__
+
+
+def _without_secrets(err: BaseException) -> BaseException:
+    """Give back the error, or a likeness of it if it or its causes show a secret."""
+    if any(redact(str(link)) != str(link) for link in _links(err)):
+        return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
     return err
 
 
@@ -871,7 +877,8 @@ def _(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # 
         with _unwritten(uri):
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            part.unlink()
 
 
 @contextmanager
@@ -913,12 +920,28 @@ def _committed(uri: URI, version: object, opened: Callable[[], Any]) -> Iterator
         raise InvalidURIError(uri, "names a version that is there", "leave the version out")
     with explained(uri):
         stream = opened()
-        try:
-            yield stream
-        except BaseException:
+    try:
+        yield cast("BinaryIO", _StoreStream(uri, stream))
+        with explained(uri):
+            stream.close()
+    except BaseException:
+        with explained(uri):
             stream.terminate()
-            raise
-        stream.close()
+        raise
+
+
+class _StoreStream(io.RawIOBase):
+    """A store's stream whose own errors are explained; those of who writes to it are not."""
+
+    def __init__(self, uri: URI, stream: Any) -> None:
+        self._uri, self._stream = uri, stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with explained(self._uri):
+            return int(self._stream.write(data))
 
 
 for _public in (URI, *URI.__subclasses__(), Version, Buffers, parse_uri, register_scheme):

@@ -587,14 +587,14 @@ def _open_archive(
         source, blocks = _hold(place, _decompressed(place, _read_whole(source, progress), suffix))
     start = blocks.read(_SIGNATURE_BYTES)
     blocks.seek(0)
+    if looks_like_safetensors(start):  # first: the length of its header may look like a zip's mark
+        return source, read_safetensors(place, blocks, source.size)
     if start.startswith(LOCAL_SIGNATURE):
         directory = read_directory(place, blocks)
         if is_packed(directory):
             source, blocks = _hold(place, unpacked(place, _read_whole(source, progress)))
             directory = read_directory(place, blocks)
         return source, read_zip(place, blocks, directory)
-    if looks_like_safetensors(start):
-        return source, read_safetensors(place, blocks, source.size)
     if start.startswith(b"\x80"):  # a pickle's first byte
         buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # raw, and typed as what zipfile takes
         return source, read_legacy(place, buffered, source.size)
@@ -690,7 +690,8 @@ def _looks_like(start: bytes) -> tuple[str, str]:
 def peek(uri: str | os.PathLike[str] | URI, *, transport_params: Params = None) -> Contents:
     """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
 
-    Takes at most five requests, however large the checkpoint is, and runs none of its code.
+    Takes at most five ranged reads, however large the checkpoint is, and runs none of its code
+    (GCS and Azure are asked for size and version before).
 
     Args:
         uri: where it is.

@@ -207,7 +207,8 @@ def weights(checkpoint: Any) -> Mapping[str, Any]:
         held = checkpoint if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
         raise ValueError(f"no state dict under any of {', '.join(_WEIGHTS)} in {_few(held)}")
     found: Any = functools.reduce(lambda held, key: held[key], path, checkpoint)
-    return found.state_dict() if _is_module(found) else found
+    state_dict: Mapping[str, Any] = found.state_dict() if _is_module(found) else found
+    return state_dict
 
 
 def drop_optimizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class Inner(nn.Module):
         self.register_buffer("none", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x)) * self.table.sum()
+        y: Tensor = self.norm(self.linear(x)) * self.table.sum()
+        return y
 
 
 class Outer(nn.Module):
@@ -133,13 +134,16 @@ class Outer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.odd(self.first(self.second(x)) * self.scale + self.tied(self.mean))
+        y: Tensor = self.odd(self.first(self.second(x)) * self.scale + self.tied(self.mean))
+        return y
 
 
 def other_outer() -> nn.Module:
     """Another class of the same name, whose parameter is the first's buffer: names are mangled."""
 
     class Inner(nn.Module):
+        table: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("table", torch.rand(4))
@@ -158,7 +162,8 @@ class Both(nn.Module):
         self.one, self.other = Inner(4), other_outer()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.other(x)
+        y: Tensor = self.one(x) + self.other(x)
+        return y
 
 
 def scripted(module: nn.Module) -> bytes:

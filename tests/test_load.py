@@ -109,6 +109,7 @@ def test_fidelity(checkpoint: Any, layout: int, tmp_path: Path) -> None:
     except AttributeError:  # float8 in a legacy file: torch writes it, and cannot read it
         expected = checkpoint
     assert_same(load(path), expected)
+    assert_same(load(path, trust=True), expected)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
@@ -116,6 +117,7 @@ def test_fidelity_to_what_is_awkward(tmp_path: Path, layout: int) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(layouts(odd_checkpoint())[layout])
     assert_same(load(path), torch.load(path, weights_only=True))
+    assert_same(load(path, trust=True), torch.load(path, weights_only=False))
 
 
 def test_fidelity_to_a_real_lightning_checkpoint_from_all_places(place, tmp_path: Path) -> None:
@@ -550,7 +552,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, legacy: bool) -> None
     data = as_bytes({"a": Evil(), "w": torch.ones(3)}, _use_new_zipfile_serialization=not legacy)
     (tmp_path / "a.ckpt").write_bytes(data)
     checkpoint = load(tmp_path / "a.ckpt")
-    assert repr(checkpoint["a"]).startswith("<inert builtins.exec: \"raise SystemExit")
+    assert repr(checkpoint["a"]).startswith("<inert builtins.exec: ")
     assert torch.equal(checkpoint["w"], torch.ones(3))
 
 
@@ -588,7 +590,7 @@ def test_trust_runs_real_classes(tmp_path: Path) -> None:
 
 
 def test_a_trust_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="one of 'random.Random'"):
+    with pytest.raises(TypeError, match=r"one of 'random\.Random'"):
         load(tmp_path / "a.ckpt", trust=["random.Random"])
 
 

@@ -120,8 +120,9 @@ def test_peek_takes_few_requests_whatever_the_size(place: Any) -> None:
     assert len(found.tensors) == 3000
     assert found.metadata is not None
     assert found.bytes_moved < len(data) / 4
-    if place.kind == "http":
-        assert len(place.server.log) <= 5
+    if place.server is not None:  # GCS and Azure are asked for size and version first
+        most = {"http": 5, "s3": 5, "gcs": 7, "azure": 6}[place.kind]
+        assert len(place.server.log) <= most
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")  # torch's own plans for them

@@ -447,6 +447,40 @@ def test_trusted_classes_are_real_and_no_others(protocol: int) -> None:
     assert (type(keyword), keyword.a) == (Keyword, 3)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", PROTOCOLS[2:])
+def test_trusted_is_what_torch_loads(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    corpus = [*HARMLESS, Plain(), Ring(), Slotted(), Config(0.1, (1,)), Colour.RED, Pair(1, "x")]
+    corpus += [Dotted(a=1), Listed([1]), Reduced(), Keyword(a=3), Outer.Inner(), Net()]
+    corpus += [omegaconf.OmegaConf.create({"a": [1]}), functools.partial(made, 1, a=2)]
+    for value in corpus:
+        held = {"v": value, "t": torch.ones(2)}
+        torch.save(
+            held,
+            tmp_path / "a",
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=not legacy,
+        )
+        expected = torch.load(tmp_path / "a", weights_only=False)
+        found = load(tmp_path / "a", trust=True)
+        assert type(found["v"]) is type(expected["v"])
+        if isinstance(value, Net):
+            assert_same(dict(found["v"].state_dict()), dict(expected["v"].state_dict()))
+        elif type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):
+            assert same_vars(found["v"], expected["v"])
+        else:
+            assert same(found["v"], expected["v"]) or repr(found["v"]) == repr(expected["v"])
+
+
+def same_vars(one: Any, other: Any) -> bool:
+    mine, theirs = vars(one), vars(other)
+    return mine.keys() == theirs.keys() and all(
+        mine[name] == theirs[name] or (mine[name] is one and theirs[name] is other)
+        for name in mine
+        if name != "group"
+    )
+
+
 def test_trusted_functions_and_old_instances() -> None:
     assert read(pickle.dumps(Reduced()), [made]) == ["made", 3, "x"]
     old = f"(i{HERE}\nConfig\n.".encode()
@@ -588,6 +622,9 @@ HOSTILE: dict[str, bytes] = {
     "an array that lies": b"\x80\x02"
     + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85" + text("b"))
     + b"(K\x01M\xff\xff\x85" + call("numpy", "dtype", text("f8")) + b"\x89" + text("x") + b"tb.",
+    "an array of no type": b"\x80\x02"
+    + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85" + text("b"))
+    + b"(K\x01K\x01\x85NNNtb.",
     "an array of pointers": b"\x80\x02"
     + call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85" + text("b"))
     + b"(K\x01K\x01\x85" + call("numpy", "dtype", text("O")) + b"\x89"

@@ -1,0 +1,64 @@
+"""Fuzz what reads archives: `pip install atheris`, then `python benchmarks/fuzz.py [SECONDS]`.
+
+Only a `CheckpointError` may come out of `load`; anything else ends the run, and atheris writes
+the file that did it beside. Guided by coverage, from one valid file of every format on. For hours
+rather than for CI, where tests/test_hostile.py does the same with hypothesis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HOME = Path(__file__).resolve().parents[1]
+
+
+def seeds() -> list[bytes]:
+    state = {"w": torch.arange(300.0), "v": torch.arange(7)}
+    made = []
+    for zipped in (True, False):
+        out = io.BytesIO()
+        torch.save(state, out, _use_new_zipfile_serialization=zipped)
+        made.append(out.getvalue())
+    out = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(3, 2)), out)
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    return [*made, out.getvalue(), len(header).to_bytes(8, "little") + header + bytes(8)]
+
+
+def main() -> None:
+    try:
+        atheris = importlib.import_module("atheris")
+    except ImportError:
+        raise SystemExit("fuzzing needs atheris: pip install atheris") from None
+    sys.path.insert(0, str(HOME))
+    with atheris.instrument_imports(include=["_ckpt_archive", "_ckpt_hollow", "_ckpt_inert"]):
+        from anemoi_ckpt import CheckpointError, load
+
+    seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 600
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        for number, seed in enumerate(seeds()):
+            (corpus / str(number)).write_bytes(seed)
+        path = Path(folder) / "a.ckpt"
+
+        def try_one(data: bytes) -> None:
+            path.write_bytes(data)
+            with contextlib.suppress(CheckpointError):
+                load(path)
+                load(path, type)
+
+        limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048"]
+        atheris.Setup([sys.argv[0], *limits, str(corpus)], try_one)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Writing to a place: all or nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anemoi_ckpt import (
+    AccessDeniedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidURIError,
+    UnreachableError,
+    load,
+    open_stream,
+    open_writer,
+    parse_uri,
+    save,
+)
+
+LARGE = os.urandom(1024) * 20 * 1024  # more than one part of an upload
+
+
+def stored(uri: str) -> bytes:
+    with open_stream(uri) as stream:
+        return bytes(stream.read())
+
+
+@pytest.fixture
+def writable(place: Any) -> Any:
+    if place.kind == "http":
+        pytest.skip("nothing writes over HTTP")
+    return place
+
+
+@pytest.mark.parametrize("data", [b"", b"small", LARGE], ids=len)
+def test_what_is_written_is_there(writable: Any, data: bytes) -> None:
+    uri = writable.put("a.ckpt", b"before")
+    with open_writer(uri) as stream:
+        for start in range(0, len(data), 3_000_000):
+            stream.write(data[start : start + 3_000_000])
+    assert stored(uri) == data
+
+
+def write_half(uri: str, data: bytes, failure: type[BaseException]) -> None:
+    with open_writer(parse_uri(uri)) as stream:
+        stream.write(data)
+        raise failure("half-way")
+
+
+@pytest.mark.parametrize("size", [5, len(LARGE)])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(writable: Any, size: int, failure: Any) -> None:
+    uri = writable.put("a.ckpt", b"before")
+    with pytest.raises(failure, match="half-way"):  # the writer's own error, as it is
+        write_half(uri, LARGE[:size], failure)
+    assert stored(uri) == b"before"
+    if writable.kind == "s3":
+        found = writable.store.sdk.list_multipart_uploads(Bucket=parse_uri(uri).bucket)
+        assert found.get("Uploads", []) == []
+
+
+def test_a_failure_leaves_no_new_object(writable: Any) -> None:
+    uri = writable.put("a.ckpt", b"") + ".new"
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half(uri, LARGE, RuntimeError)
+    with pytest.raises(CheckpointNotFoundError):
+        stored(uri)
+
+
+def test_a_checkpoint_that_cannot_be_pickled_leaves_what_was_there(writable: Any) -> None:
+    uri = writable.put("a.ckpt", b"before")
+    with pytest.raises(CheckpointError, match="the checkpoint cannot be written"):
+        save({"w": torch.ones(5_000_000), "f": lambda: None}, uri)
+    assert stored(uri) == b"before"
+
+
+def test_a_store_that_does_not_answer(writable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smart_open.s3.RETRY.attempts", 1)
+    monkeypatch.setattr("smart_open.s3.RETRY.sleep_seconds", 0)
+    if writable.kind == "gcs":
+        pytest.skip("its SDK tries for two minutes")
+    uri = writable.unreachable()
+    if uri is None:
+        pytest.skip("a disk answers")
+    with pytest.raises(UnreachableError):
+        save({"w": torch.ones(3)}, uri)
+
+
+def test_local_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"no folder")
+    for path, kind in {
+        tmp_path / "missing" / "a.ckpt": CheckpointNotFoundError,
+        tmp_path / "file" / "a.ckpt": CheckpointError,
+        tmp_path: CheckpointError,
+        Path("/dev/full") / "a": CheckpointError,
+    }.items():
+        with pytest.raises(kind, match=r"it cannot be written .*; check the folder"):
+            save({"w": torch.ones(1)}, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises((CheckpointError, OSError)) as caught:
+            save({"w": torch.ones(1_000_000)}, tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert isinstance(caught.value, CheckpointError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")  # root may write everywhere
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(AccessDeniedError, match="Permission denied"):
+        save({"w": torch.ones(1)}, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("https://host/a.ckpt", "HTTPURI cannot be written to; write to a path"),
+        ("s3://bucket/a.ckpt?versionId=3", "names a version that is there"),
+        ("gs://bucket/a.ckpt#3", "names a version that is there"),
+    ],
+)
+def test_what_cannot_be_written_to(uri: str, said: str, s3_store: Any, monkeypatch: Any) -> None:
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    with pytest.raises(InvalidURIError, match=said):
+        save({"w": torch.ones(1)}, uri)
+
+
+def test_a_bucket_that_is_not_there(s3_store: Any, monkeypatch: Any) -> None:
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_store.server.reset()
+    with pytest.raises(CheckpointNotFoundError, match="s3://no-such-bucket/a: there is no such"):
+        save({"w": torch.ones(1)}, "s3://no-such-bucket/a")
+
+
+def test_a_client_of_ones_own(s3_store: Any, tmp_path: Path) -> None:
+    s3_store.server.reset()
+    uri = s3_store.uri("own/a.ckpt")
+    params = {"client": s3_store.sdk}
+    save({"w": torch.ones(2)}, uri, transport_params=params)
+    assert load(uri, transport_params=params)["w"].tolist() == [1, 1]
