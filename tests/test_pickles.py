@@ -466,7 +466,7 @@ def test_trusted_is_what_torch_loads(tmp_path: Path, protocol: int, legacy: bool
         assert type(found["v"]) is type(expected["v"])
         if isinstance(value, Net):
             assert_same(dict(found["v"].state_dict()), dict(expected["v"].state_dict()))
-        elif type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):
+        elif type(value).__eq__ is object.__eq__ and hasattr(found["v"], "__dict__"):
             assert same_vars(found["v"], expected["v"])
         else:
             assert same(found["v"], expected["v"]) or repr(found["v"]) == repr(expected["v"])
