@@ -726,7 +726,7 @@ def metadata(
 
     Args:
         uri: where it is.
-        arrays: give a pair, of the metadata and of the supporting arrays (numpy's, read-only,
+        arrays: give a pair, of the metadata and of the supporting arrays (numpy's,
             nested as the metadata's ``supporting_arrays_paths``); only their bytes are moved.
         transport_params: as for `load`.
 
