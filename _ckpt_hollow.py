@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from _ckpt_archive import Archive, Names, storage_id, unreadable
-from _ckpt_errors import CorruptError
+from _ckpt_errors import CheckpointError, CorruptError
 from _ckpt_inert import Trust
 
 # ── ledger ──────────────────────────────────────────────────────────────────────────────────────
@@ -31,7 +31,8 @@ def asks_for_values(err: Exception) -> bool:
     if isinstance(err, HollowError | NotImplementedError):
         return True
     said = re.search(r"\bmeta\b|unallocated storage", str(err), re.IGNORECASE)
-    return isinstance(err, RuntimeError | TypeError | ValueError) and said is not None
+    torchs = isinstance(err, RuntimeError | TypeError | ValueError)
+    return torchs and not isinstance(err, CheckpointError) and said is not None
 
 
 class Ledger(TorchDispatchMode):

@@ -33,6 +33,7 @@ _STATES = {  # as Lightning names them, and as training loops of one's own do
         "scheduler",
     ),
 }
+_STATE_KEYS = frozenset(itertools.chain(*_STATES.values()))
 _EXTRA_STATE = "_extra_state"  # ends the name of what a module adds as it likes, in any shape
 _LISTED = 20  # names in a message; more than that nobody reads
 
@@ -51,7 +52,7 @@ class Before:
 class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
     """What of a checkpoint goes into a model, and what does not."""
 
-    fitting: Mapping[str, Any]
+    fitting: dict[str, Any]  # until it is installed
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: Shapes
@@ -97,8 +98,10 @@ def match(
     The states of optimizers and schedulers are kept where there is one to receive them.
 
     Raises:
-        MismatchError: a shape differs, there are no weights at all, or another number of states.
+        MismatchError: a shape differs, there are no weights at all, another number of states, or an
+            optimizer that would lose its parameters.
     """
+    _check_optimizers(place, receivers.get("optimizer", ()))
     found, rest = split(checkpoint)
     if found is None:
         raise MismatchError(
@@ -116,9 +119,10 @@ def match(
         )
     fitting = _like(found, {name: v for name, v in found.items() if name in model_tensors})
     strange = [
-        name for name, value in fitting.items() if not _goes_into(value, model_tensors[name])
+        name
+        for name, value in fitting.items()
+        if not name.endswith(_EXTRA_STATE) and not _goes_into(value, model_tensors[name])
     ]
-    strange = [name for name in strange if not name.endswith(_EXTRA_STATE)]
     if strange:
         raise MismatchError(
             place,
@@ -136,12 +140,21 @@ def match(
         mismatched,
         renamed,
         {what: _states(place, rest, what, len(them)) for what, them in receivers.items() if them},
-        {
-            key: value
-            for key, value in rest.items()
-            if key not in itertools.chain(*_STATES.values())
-        },
+        {key: value for key, value in rest.items() if key not in _STATE_KEYS},
     )
+
+
+def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:
+    """Refuse what was made on parameters that are replaced: it would go on with the old ones."""
+    groups = [g for one in optimizers for g in getattr(one, "param_groups", ())]
+    count = sum(parameter.is_meta for group in groups for parameter in group["params"])
+    if count:
+        raise MismatchError(
+            place,
+            f"the optimizer was made on {count} parameters on the meta device, and load_into puts"
+            " others in their place",
+            "make the optimizer after load_into",
+        )
 
 
 def _like(original: Any, items: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -242,7 +255,8 @@ def install(
     """Give the model its weights, and optimizers and schedulers their states; tell which got one.
 
     Tensors with memory are copied into, in their own dtype and on their own device; those on meta
-    are replaced, in their own dtype. If a state is refused, nothing has changed.
+    are replaced, in their own dtype, and share memory with nothing else but what they are tied
+    to. If a state is refused, nothing has changed. The match is used up.
     """
     pairs = [
         (receiver, state)
@@ -261,15 +275,17 @@ def install(
     return tuple(what for what, states in found.states.items() if states)
 
 
-def _fill(model: torch.nn.Module, fitting: Mapping[str, Any]) -> None:
+def _fill(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
     tied = _tied(model)
-    hollow = {
-        name: fitting[name].to(value.dtype)
-        for name, value in model.state_dict(keep_vars=True).items()
-        if name in fitting and isinstance(value, torch.Tensor) and value.is_meta
-    }
     extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
-    real = {name: v for name, v in fitting.items() if name not in hollow and name not in extra}
+    hollow, owned = {}, {}
+    for name, target in model.state_dict(keep_vars=True).items():
+        if name in fitting and name not in extra and target.is_meta:
+            value = fitting.pop(name).detach()  # from here on only others keep the original alive
+            if id(target) not in owned:  # else a name tied to this one
+                owned[id(target)] = _own(value.to(target.dtype))
+            hollow[name] = owned[id(target)]
+    real = {name: value for name, value in fitting.items() if name not in extra}
     # first what a module may refuse
     model.load_state_dict(_like(fitting, extra), strict=False)
     model.load_state_dict(_like(fitting, real), strict=False)
@@ -284,6 +300,20 @@ def _fill(model: torch.nn.Module, fitting: Mapping[str, Any]) -> None:
             for name in names:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, value)
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """Give a tensor a memory of its own: the one it has, if it has all of it alone."""
+    if value.layout is not torch.strided:
+        return value.clone()
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    alone = _holders(value) == _holders(torch.empty(1)) and value.untyped_storage().resizable()
+    return value if whole and alone else value.clone()
+
+
+def _holders(value: torch.Tensor) -> int:
+    """Count the tensors on a storage (and, alike for all, what this takes itself)."""
+    return torch._C._storage_Use_Count(value.untyped_storage()._cdata)  # noqa: SLF001 - no public one
 
 
 def _tied(model: torch.nn.Module) -> list[list[str]]:

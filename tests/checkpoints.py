@@ -42,6 +42,20 @@ def lightning_checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+def quiet_trainer(**kw: Any) -> Any:
+    """A Lightning Trainer on the CPU that shows nothing, and writes nothing by itself."""
+    import lightning
+
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kw,
+    )
+
+
 @functools.cache
 def _lightning_bytes() -> bytes:
     import lightning  # two seconds, for the tests that need it
@@ -73,15 +87,7 @@ def _lightning_bytes() -> bytes:
         warnings.simplefilter("ignore")  # about having no validation, no workers, few batches
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         torch.manual_seed(0)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_steps=3,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        trainer = quiet_trainer(max_steps=3, default_root_dir=folder)
         samples = torch.utils.data.TensorDataset(torch.randn(12, 512))
         trainer.fit(Net(), torch.utils.data.DataLoader(samples, batch_size=4))
         path = Path(folder) / "last.ckpt"

@@ -165,6 +165,39 @@ def http_server(http_store: servers.Store) -> Iterator[servers.HTTPServer]:
     server.reset()
 
 
+@contextlib.contextmanager
+def _reached(store: servers.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Store]:
+    """Readers reach the store by their environment; its server has an empty log and no faults."""
+    if store.server is not None:
+        store.server.reset()
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    yield store
+    if store.server is not None:
+        store.server.reset()
+
+
+@pytest.fixture
+def s3(s3_store: servers.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Store]:
+    """S3, as readers reach it."""
+    with _reached(s3_store, monkeypatch) as store:
+        yield store
+
+
+@pytest.fixture
+def gcs(gcs_store: servers.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Store]:
+    """Google Cloud Storage, as readers reach it."""
+    with _reached(gcs_store, monkeypatch) as store:
+        yield store
+
+
+@pytest.fixture
+def azure(azure_store: servers.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Store]:
+    """Azure Blob Storage, as readers reach it."""
+    with _reached(azure_store, monkeypatch) as store:
+        yield store
+
+
 # ---------------------------------------------------------------------------------------- the place
 
 
@@ -285,12 +318,7 @@ def place(
         store = _local_store(tmp_path)
     else:
         store = request.getfixturevalue(f"{kind}_store")
-    if store.server is not None:
-        store.server.reset()
-    for name, value in store.environment.items():
-        monkeypatch.setenv(name, value)
-    place = Place(store, bool(cloud), monkeypatch)
-    yield place
-    if store.server is not None:
-        store.server.reset()
+    with _reached(store, monkeypatch):
+        place = Place(store, bool(cloud), monkeypatch)
+        yield place
     place.clean()

@@ -343,7 +343,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except OSError:  # the client went away
             self.close_connection = True
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = serve  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = serve  # noqa: N815 - http.server's names
 
     def _read_body(self) -> bytes:
         if self.headers["Transfer-Encoding"] == "chunked":
@@ -396,7 +396,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
         self.connection.close()
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as http.server has it
         """Says nothing: `server.log` has it all."""
 
 

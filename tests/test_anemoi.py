@@ -14,7 +14,7 @@ import torch
 
 import anemoi_ckpt
 from anemoi_ckpt import load, load_into, metadata, peek, save
-from checkpoints import assert_same
+from checkpoints import assert_same, quiet_trainer
 from strategies import (
     drop_optimizer,
     filter_shapes,
@@ -133,22 +133,12 @@ def trained(names: tuple[str, ...]) -> Any:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What Lightning's Trainer saves of such a model."""
-    import lightning
-
     folder = tmp_path_factory.mktemp("anemoi")
     task = trained(tuple(VARIABLES))
     inputs = len(task.model.data_indices["data"].model.input)
     batches = torch.randn(4, 2, 1, 6, inputs, generator=torch.Generator().manual_seed(1))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batches), batch_size=2)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = quiet_trainer(max_epochs=1, default_root_dir=folder)
     trainer.fit(task, loader)
     trainer.save_checkpoint(folder / "last.ckpt")
     embed(folder / "last.ckpt")

@@ -58,24 +58,20 @@ class Indices:
 
 
 @pytest.fixture
-def stores(s3_store, gcs_store, azure_store, monkeypatch) -> Callable[[str], str]:
+def stores(s3, gcs, azure) -> Callable[[str], str]:
     """All three, and what puts their places in the place of README's."""
-    for store in (s3_store, gcs_store, azure_store):
-        store.server.reset()
-        for variable, value in store.environment.items():
-            monkeypatch.setenv(variable, value)
-    s3_store.sdk.create_bucket(Bucket="bucket")
+    s3.sdk.create_bucket(Bucket="bucket")
 
     def placed(text: str) -> str:
-        text = text.replace("gs://bucket/", gcs_store.uri(""))
-        return text.replace("az://container/", azure_store.uri(""))
+        text = text.replace("gs://bucket/", gcs.uri(""))
+        return text.replace("az://container/", azure.uri(""))
 
     return placed
 
 
 def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
-    s3_store,
-    gcs_store,
+    s3,
+    gcs,
     stores: Callable[[str], str],
     http_server: servers.HTTPServer,
     tmp_path: Path,
@@ -100,9 +96,9 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
             "config": omegaconf.OmegaConf.create({"training": {"lr": 0.1}}),
         },
     }
-    gcs_store.write("run/last.ckpt", as_bytes(checkpoint))
+    gcs.write("run/last.ckpt", as_bytes(checkpoint))
     for key in ("run/last.ckpt", "last.ckpt"):
-        s3_store.sdk.put_object(Bucket="bucket", Key=key, Body=with_metadata(checkpoint))
+        s3.sdk.put_object(Bucket="bucket", Key=key, Body=with_metadata(checkpoint))
     for name in ("last.ckpt", "pretrained.ckpt"):
         http_server.put(name, as_bytes(checkpoint))
     scope: dict[str, Any] = {
@@ -154,10 +150,10 @@ def with_metadata(checkpoint: Any) -> bytes:
     return data.getvalue()
 
 
-def test_readme_hydra(s3_store, stores: Callable[[str], str]) -> None:
+def test_readme_hydra(s3, stores: Callable[[str], str]) -> None:
     state = {"encoder.w": torch.ones(3), "decoder.w": torch.ones(4)}
     checkpoint = {"epoch": 3, "state_dict": state, "optimizer_states": [torch.ones(9)]}
-    s3_store.sdk.put_object(Bucket="bucket", Key="run/last.ckpt", Body=as_bytes(checkpoint))
+    s3.sdk.put_object(Bucket="bucket", Key="run/last.ckpt", Body=as_bytes(checkpoint))
     first, second = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     result = hydra.utils.instantiate(omegaconf.OmegaConf.create(first))
     assert_same(result, {"epoch": 3, "state_dict": {"encoder.w": torch.ones(3)}})

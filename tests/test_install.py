@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 import servers
 from _ckpt_install import folded, split
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
-from checkpoints import as_bytes, assert_same, lightning_checkpoint
+from checkpoints import as_bytes, assert_same, lightning_checkpoint, quiet_trainer
 from strategies import compose, drop_optimizer, weights
 
 
@@ -187,6 +188,89 @@ def test_compose_with_a_model_bound(checkpoint, tmp_path: Path) -> None:
     assert len(report.loaded) == 5
 
 
+# ── memory ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Pair(nn.Module):
+    """Two parameters of one shape, and a buffer, on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(2, 3, device="meta"))
+        self.b = nn.Parameter(torch.empty(2, 3, device="meta"))
+        self.register_buffer("c", torch.empty(3, device="meta"))
+
+
+WHOLE = torch.arange(9.0)
+ONE = nn.Parameter(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": torch.ones(2, 3), "b": nn.Parameter(torch.ones(2, 3)), "c": torch.ones(3)},
+        {"a": ONE, "b": ONE, "c": ONE.detach()[1]},
+        {"a": WHOLE[:6].view(2, 3), "b": WHOLE[3:].view(2, 3), "c": WHOLE[6:]},
+        {"a": torch.ones(1, 3).expand(2, 3), "b": torch.ones(2, 3), "c": torch.ones(1).expand(3)},
+    ],
+    ids=["plain", "tied", "views", "expanded"],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_filled_model_shares_no_memory(state, stored: bool, tmp_path: Path) -> None:
+    before = copy.deepcopy({name: tensor.detach() for name, tensor in state.items()})
+    model = Pair()
+    if stored:
+        torch.save(state, tmp_path / "a.ckpt")
+    load_into(model, tmp_path / "a.ckpt" if stored else {"state_dict": state})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        tensor.fill_(float(ord(name)))
+    for name, tensor in model.state_dict().items():
+        assert (tensor == ord(name)).all()
+        assert torch.equal(state[name], before[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # and keeps none of another
+
+
+def test_a_filled_model_shares_no_memory_with_the_rest_or_an_array(tmp_path: Path) -> None:
+    state = nn.Linear(3, 2).state_dict()
+    torch.save({"state_dict": state, "ema": state}, tmp_path / "a.ckpt")
+    array = np.zeros(2, dtype=np.float32)
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    report = load_into(
+        model,
+        tmp_path / "a.ckpt",
+        lambda c: {**c, "state_dict": {**c["state_dict"], "bias": torch.from_numpy(array)}},
+    )
+    model.state_dict()["weight"].zero_()
+    model.state_dict()["bias"].fill_(1)
+    assert_same(dict(report.rest["ema"]), dict(state))
+    assert array.tolist() == [0, 0]
+
+
+def test_what_was_fetched_is_not_copied_again(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2, bias=False).state_dict(), tmp_path / "a.ckpt")
+    fetched: list[int] = []
+
+    def note(checkpoint: Any) -> Any:
+        fetched.append(checkpoint["weight"].untyped_storage()._cdata)
+        return checkpoint
+
+    with torch.device("meta"):
+        model = nn.Linear(3, 2, bias=False)
+    load_into(model, tmp_path / "a.ckpt", note)
+    assert model.weight.untyped_storage()._cdata == fetched[-1]
+
+
+def test_a_sparse_tensor_fills_a_sparse_one() -> None:
+    given = torch.eye(3).to_sparse()
+    model = nn.Module()
+    model.register_buffer("edges", given.to("meta"))
+    load_into(model, {"edges": given})
+    model.edges._values().zero_()
+    assert torch.equal(given.to_dense(), torch.eye(3))
+
+
 # ── optimizers and schedulers ─────────────────────────────────────────────────────────────────
 
 
@@ -218,6 +302,28 @@ def test_states_that_are_not_there_are_not_restored(checkpoint) -> None:
     report = load_into(model, checkpoint, drop_optimizer, optimizer=optimizer)
     assert report.restored == ()
     assert_same(optimizer.state_dict(), before)
+
+
+def test_an_optimizer_of_a_hollow_model_is_refused(http_server, checkpoint) -> None:
+    checkpoint["state_dict"]["large"] = torch.zeros(10**6)
+    uri = http_server.put("a.ckpt", as_bytes(checkpoint))
+    with torch.device("meta"):
+        model = Tied()
+    model.encoder.bias = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for optimizers in (optimizer, [torch.optim.SGD([model.encoder.bias]), optimizer]):
+        with pytest.raises(MismatchError) as caught:
+            load_into(model, uri, optimizer=optimizers)
+        assert str(caught.value) == (
+            f"{uri}: the optimizer was made on 2 parameters on the meta device, and load_into puts "
+            "others in their place; make the optimizer after load_into"
+        )
+    assert model.encoder.weight.is_meta
+    assert not model.encoder.bias.any()
+    assert not optimizer.state
+    assert http_server.bytes_sent < 10**6  # told before anything was fetched
+    real = torch.optim.SGD([model.encoder.bias])  # of a parameter that stays
+    assert load_into(model, uri, drop_optimizer, optimizer=real).restored == ()
 
 
 def test_a_refused_state_changes_nothing(checkpoint) -> None:
@@ -444,15 +550,7 @@ def trainer_and_net(epochs: int, resume: Path | None) -> tuple[Any, Any, Any]:
 
     samples = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(samples), batch_size=8)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    return trainer, Net(), loader
+    return quiet_trainer(max_epochs=epochs), Net(), loader
 
 
 @pytest.mark.filterwarnings("ignore")

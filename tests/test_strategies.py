@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import servers
 import strategies
 from anemoi_ckpt import load
-from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpoint
+from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpoint, quiet_trainer
 from strategies import (
     Strategy,
     add_prefix,
@@ -594,16 +594,8 @@ def test_lightnings_weight_averaging_needs_only_its_own_copy_dropped(tmp_path: P
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            callbacks=[averaging := EMAWeightAveraging(decay=0.5)],
-        )
+        averaging = EMAWeightAveraging(decay=0.5)
+        trainer = quiet_trainer(max_steps=2, default_root_dir=tmp_path, callbacks=[averaging])
         samples = torch.utils.data.TensorDataset(torch.ones(4, 2))
         net = Net()
         # saved before training ends, when the average takes the place of the weights
