@@ -200,7 +200,7 @@ def _torch_version(archive: Archive, metadata: Mapping[str, Any]) -> str | None:
 # raw bytes in records that it points to.
 
 _NAMES = ("anemoi.json", "ai-models.json")  # the second before 2024
-_ARRAY = {"path", "shape", "dtype"}
+ARRAY = {"path", "shape", "dtype"}
 
 
 def metadata_record(archive: Archive) -> Record | None:
@@ -253,7 +253,7 @@ def array_records(archive: Archive, entries: Any) -> dict[str, Record]:
 
 def _entries(entries: Any) -> Iterator[Mapping[str, Any]]:
     for entry in entries.values():
-        if isinstance(entry, dict) and set(entry) != _ARRAY:
+        if isinstance(entry, dict) and set(entry) != ARRAY:
             yield from _entries(entry)
         else:
             yield entry
@@ -263,7 +263,7 @@ def arrays_of(entries: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
     """Make the supporting arrays of their bytes, nested as their description is."""
     return {
         key: arrays_of(entry, data)
-        if set(entry) != _ARRAY
+        if set(entry) != ARRAY
         else np.frombuffer(data[entry["path"]], np.dtype(entry["dtype"])).reshape(entry["shape"])
         for key, entry in entries.items()
     }

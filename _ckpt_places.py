@@ -750,7 +750,7 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
 
 
 def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
-    status, code = next(filter(any, map(_status, _links(err))), (0, ""))
+    status, code = next(filter(any, map(_status, links(err))), (0, ""))
     said = f"{type(err).__name__}: {err}" if not status else f"the server answered {status} {code}"
     denied = isinstance(err, PermissionError) or type(err).__name__ in _NO_CREDENTIALS
     if denied or status in (401, 403) or code in _EXPIRED:
@@ -820,8 +820,8 @@ def _retry_after(err: Any) -> float:
     return float(text) if text.isdecimal() else 0.0
 
 
-def _links(err: BaseException) -> Iterator[BaseException]:
-    """Give an error and what caused it: smart-open wraps what its SDKs say."""
+def links(err: BaseException) -> Iterator[BaseException]:
+    """Give an error and what caused it: smart-open and torch wrap what others say."""
     link: BaseException | None = err
     while link is not None:
         yield link
@@ -830,7 +830,7 @@ def _links(err: BaseException) -> Iterator[BaseException]:
 
 def _without_secrets(err: BaseException) -> BaseException:
     """Give back the error, or a likeness of it if it or its causes show a secret."""
-    if any(redact(str(link)) != str(link) for link in _links(err)):
+    if any(redact(str(link)) != str(link) for link in links(err)):
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
     return err
 

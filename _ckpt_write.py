@@ -15,6 +15,7 @@ from torch.serialization import DEFAULT_PROTOCOL, _open_zipfile_writer, _save
 
 import _ckpt_inert
 from _ckpt_archive import DTYPES
+from _ckpt_contents import ARRAY
 
 _ROOT = "archive"  # what torch calls the folder in an archive that is written to a stream
 
@@ -49,13 +50,14 @@ def embedded(metadata: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str
     }
 
 
-def _moved(entries: Any, moved: Mapping[str, str]) -> Any:
+def _moved(entries: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
     """Point to where the arrays are in the new archive."""
-    if isinstance(entries, dict) and entries.get("path") in moved:
-        return {**entries, "path": f"{_ROOT}/{moved[entries['path']]}"}
-    if isinstance(entries, dict):
-        return {key: _moved(entry, moved) for key, entry in entries.items()}
-    return entries
+    return {
+        key: _moved(entry, moved)
+        if set(entry) != ARRAY
+        else {**entry, "path": f"{_ROOT}/{moved[entry['path']]}"}
+        for key, entry in entries.items()
+    }
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

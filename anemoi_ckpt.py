@@ -90,6 +90,7 @@ from _ckpt_places import (
     empty_file,
     explained,
     imported,
+    links,
     open_stream,
     open_writer,
     parse_uri,
@@ -886,9 +887,10 @@ def _unsaved(place: URI) -> Iterator[None]:
     """Say why a checkpoint could not be written."""
     try:
         yield
-    except (CheckpointError, OSError):
-        raise
     except Exception as err:
+        for link in links(err):  # torch's writer hides what its stream raised
+            if isinstance(link, CheckpointError | OSError):
+                raise link from link.__cause__
         raise CheckpointError(
             place, f"the checkpoint cannot be written ({err!r})", "leave out what cannot"
         ) from err
@@ -923,15 +925,16 @@ def load_into(  # noqa: PLR0913 - by keyword
         strategies: as for `load`.
         strict: nothing may be missing, unexpected or of another shape.
         require: least share of the model's values that must be loaded, from 0 to 1.
-        optimizer: gets its state where the checkpoint has it; a list where there are several.
+        optimizer: gets its state where the checkpoint has it; a list where there are several. One
+            for a model on the meta device is made afterwards: it would keep the old parameters.
         scheduler: likewise.
         trust: as for `load`.
         transport_params: as for `load`.
         progress: as for `load`.
 
     Raises:
-        MismatchError: shapes differ (that no strategy left out), nothing fits, or less than was
-            required. The model is as it was.
+        MismatchError: shapes differ (that no strategy left out), nothing fits, less than was
+            required, or an optimizer of parameters on the meta device. The model is as it was.
         CheckpointError: as `load`.
 
     >>> model = torch.nn.Linear(2, 1)

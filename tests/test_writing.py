@@ -1,5 +1,6 @@
 """Writing to a place: all or nothing."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import servers
 from anemoi_ckpt import (
     AccessDeniedError,
     CheckpointError,
@@ -102,7 +104,8 @@ def test_local_files_are_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors", ".ckpt.bz2"])
+def test_a_disk_that_fills_up(tmp_path: Path, ending: str) -> None:
     resource = pytest.importorskip("resource")
     import signal
 
@@ -110,12 +113,13 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises((CheckpointError, OSError)) as caught:
-            save({"w": torch.ones(1_000_000)}, tmp_path / "a.ckpt")
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written \(File too large\); check.*disk"
+        ):
+            save({"w": torch.rand(1_000_000)}, tmp_path / f"a{ending}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert isinstance(caught.value, CheckpointError)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,20 +140,36 @@ def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("gs://bucket/a.ckpt#3", "names a version that is there"),
     ],
 )
-def test_what_cannot_be_written_to(uri: str, said: str, s3_store: Any, monkeypatch: Any) -> None:
-    for name, value in s3_store.environment.items():
-        monkeypatch.setenv(name, value)
+def test_what_cannot_be_written_to(uri: str, said: str, s3: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     with pytest.raises(InvalidURIError, match=said):
         save({"w": torch.ones(1)}, uri)
 
 
-def test_a_bucket_that_is_not_there(s3_store: Any, monkeypatch: Any) -> None:
-    for name, value in s3_store.environment.items():
-        monkeypatch.setenv(name, value)
-    s3_store.server.reset()
+def test_a_bucket_that_is_not_there(s3: Any) -> None:
     with pytest.raises(CheckpointNotFoundError, match="s3://no-such-bucket/a: there is no such"):
         save({"w": torch.ones(1)}, "s3://no-such-bucket/a")
+
+
+def test_a_store_that_refuses_half_way(s3: Any) -> None:
+    s3.write("a.ckpt", b"before")
+    s3.server.fault = lambda request: (
+        servers.Fault(status=403) if "partNumber=2" in request.query else None
+    )
+    with pytest.raises(AccessDeniedError):
+        save(
+            {"w": torch.ones(4_000_000)},
+            s3.uri("a.ckpt"),
+            transport_params={"min_part_size": 5 * 1024**2},
+        )
+    s3.server.reset()
+    assert stored(s3.uri("a.ckpt")) == b"before"
+
+
+def test_a_stream_can_be_wrapped(s3: Any) -> None:
+    with open_writer(s3.uri("a.txt")) as stream, io.BufferedWriter(stream) as buffered:
+        buffered.write(b"line by line\n")
+    assert stored(s3.uri("a.txt")) == b"line by line\n"
 
 
 def test_a_client_of_ones_own(s3_store: Any, tmp_path: Path) -> None:
