@@ -11,11 +11,13 @@ import io
 import itertools
 import json
 import operator
+import os
 import re
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
@@ -62,6 +64,7 @@ class Archive:
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # …, length of name, length of extra field (APPNOTE 4.3.7)
+_DIRECTORY_BYTES = 1024**2  # at the end: where it is damaged, nothing tells how long it is
 _DESCRIPTOR_BYTES = 24  # of the longest: signature, CRC-32, two sizes (APPNOTE 4.3.9)
 
 
@@ -140,22 +143,13 @@ def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archi
         NotACheckpointError: a zip, but not torch's.
         CorruptError: a record does not fit in the file, or does not match its checksum.
     """
-    infos = {info.filename: info for info in directory.infolist()}
-    found = [name for name in infos if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
+    found = [name for name in directory.NameToInfo if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
     if len(found) != 1:
         raise NotACheckpointError(
             place, "a zip archive without one data.pkl in it", "give a file that torch.save wrote"
         )
     root = found[0].removesuffix("data.pkl")
-    # torch.serialization.set_crc32_options(False) leaves every CRC at zero
-    checked = any(info.CRC for info in infos.values())
-    headers = sorted(info.header_offset for info in infos.values())
-    ends = dict(zip(headers, [*headers[1:], directory.start_dir], strict=True))
-    members = {
-        name: _record(place, info, ends[info.header_offset], checked=checked)
-        for name, info in infos.items()
-        if not info.compress_type
-    }
+    members = _stored_records(place, directory)
     data = f"{root}data/"
     text = functools.partial(_text_record, place, file, members, root)
     scripted = f"{root}constants.pkl" in members
@@ -176,6 +170,51 @@ def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archi
         members,
         file,
     )
+
+
+def _stored_records(place: object, directory: zipfile.ZipFile) -> dict[str, Record]:
+    """Give all records that are not compressed, by name."""
+    infos = directory.NameToInfo
+    # torch.serialization.set_crc32_options(False) leaves every CRC at zero
+    checked = any(info.CRC for info in infos.values())
+    headers = sorted(info.header_offset for info in infos.values())
+    ends = dict(zip(headers, [*headers[1:], directory.start_dir], strict=True))
+    return {
+        name: _record(place, info, ends[info.header_offset], checked=checked)
+        for name, info in infos.items()
+        if not info.compress_type
+    }
+
+
+def find_damage(
+    place: object, file: BinaryIO, data: memoryview
+) -> list[tuple[range, CorruptError]]:
+    """Check every record of a zip against its CRC-32.
+
+    Args:
+        place: whose it is.
+        file: the archive.
+        data: all of its bytes.
+
+    Returns:
+        The extents that are wrong, and what is wrong with them.
+    """
+    try:
+        directory = read_directory(place, file)
+        records = _stored_records(place, directory)
+    except CorruptError as err:
+        return [(range(max(0, len(data) - _DIRECTORY_BYTES), len(data)), err)]
+
+    def problem(record: Record) -> tuple[range, CorruptError] | None:
+        try:
+            start = data_start(place, record, data[record.header : record.start])
+            check(place, record, data[start : start + record.size])
+        except CorruptError as err:
+            return range(record.header, record.start + record.size), err
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [found for found in pool.map(problem, records.values()) if found]
 
 
 def _unpickled(pickled: bytes, storage_of: StorageOf, trust: Trust, names: Names) -> Any:

@@ -5,16 +5,19 @@ places · streams · ranges · writing
 
 from __future__ import annotations
 
+import base64
 import difflib
+import email.utils
 import functools
 import http.client
 import importlib
 import io
 import os
 import re
+import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -316,7 +319,7 @@ def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
 @open_stream.register
 def _(uri: S3URI, transport_params: Params = None) -> BinaryIO:
     with explained(uri):
-        params = {**(transport_params or {}), "client": _s3_client(uri, transport_params)}
+        params = _with_client(transport_params, _s3_client(uri, transport_params))
         s3 = imported("smart_open.s3", uri)
         return s3.open(uri.bucket, uri.key, "rb", uri.version_id, **params)  # type: ignore[no-any-return]
 
@@ -324,7 +327,7 @@ def _(uri: S3URI, transport_params: Params = None) -> BinaryIO:
 @open_stream.register
 def _(uri: GCSURI, transport_params: Params = None) -> BinaryIO:
     with explained(uri):
-        params = {**(transport_params or {}), "client": _gcs_client(uri, transport_params)}
+        params = _with_client(transport_params, _gcs_client(uri, transport_params))
         params.setdefault("get_blob_kwargs", {"generation": uri.generation})
         return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "rb", **params)  # type: ignore[no-any-return]
 
@@ -332,7 +335,7 @@ def _(uri: GCSURI, transport_params: Params = None) -> BinaryIO:
 @open_stream.register
 def _(uri: AzureURI, transport_params: Params = None) -> BinaryIO:
     with explained(uri):
-        params = {**(transport_params or {}), "client": _azure_client(uri, transport_params)}
+        params = _with_client(transport_params, _azure_client(uri, transport_params))
         azure = imported("smart_open.azure", uri)
         return azure.open(uri.container, uri.blob, "rb", **params)  # type: ignore[no-any-return]
 
@@ -365,17 +368,29 @@ def _make_http_session(requests: ModuleType, _pid: int) -> Any:
     return session
 
 
+def _timeout(params: Params) -> float:
+    """Give the seconds of silence on a connection after which it counts as lost."""
+    return float((params or {}).get("timeout") or TIMEOUT_SECONDS)
+
+
+def _with_client(params: Params, client: Any) -> dict[str, Any]:
+    """Give what smart-open takes: a client has its own timeout."""
+    return {k: v for k, v in (params or {}).items() if k != "timeout"} | {"client": client}
+
+
 def _environment(*prefixes: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
 
 
 def _s3_client(uri: S3URI, params: Params) -> Any:
     given = (params or {}).get("client")
-    return given or _make_s3_client(imported("boto3", uri), _environment("AWS_"), os.getpid())
+    return given or _make_s3_client(
+        imported("boto3", uri), _timeout(params), _environment("AWS_"), os.getpid()
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _make_s3_client(boto3: ModuleType, _environment: object, _pid: int) -> Any:
+def _make_s3_client(boto3: ModuleType, timeout: float, _environment: object, _pid: int) -> Any:
     import botocore  # noqa: PLC0415 - comes with boto3
     import botocore.config  # noqa: PLC0415
 
@@ -387,8 +402,8 @@ def _make_s3_client(boto3: ModuleType, _environment: object, _pid: int) -> Any:
         region_name=session.region_name or "us-east-1",
         config=botocore.config.Config(
             max_pool_connections=CONNECTIONS,
-            connect_timeout=TIMEOUT_SECONDS,
-            read_timeout=TIMEOUT_SECONDS,
+            connect_timeout=timeout,
+            read_timeout=timeout,
             retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
             signature_version=botocore.UNSIGNED if public else None,
         ),
@@ -418,19 +433,23 @@ def _azure_client(uri: AzureURI, params: Params) -> Any:
     if given:
         return given
     blob = imported("azure.storage.blob", uri)
-    return _make_azure_client(blob, uri, _environment("AZURE_"), os.getpid())
+    return _make_azure_client(blob, uri, _timeout(params), _environment("AZURE_"), os.getpid())
 
 
 @functools.lru_cache(maxsize=8)
 def _make_azure_client(
-    package: ModuleType, uri: AzureURI, environment: tuple[tuple[str, str], ...], _pid: int
+    package: ModuleType,
+    uri: AzureURI,
+    timeout: float,
+    environment: tuple[tuple[str, str], ...],
+    _pid: int,
 ) -> Any:
     settings = dict(environment)
     options = {
         "max_single_get_size": LONG_PART_BYTES,
         "max_chunk_get_size": LONG_PART_BYTES,
-        "connection_timeout": TIMEOUT_SECONDS,
-        "read_timeout": TIMEOUT_SECONDS,
+        "connection_timeout": timeout,
+        "read_timeout": timeout,
         "retry_total": 0,  # one policy of retries for all places: ours
     }
     connection = settings.get("AZURE_STORAGE_CONNECTION_STRING")
@@ -467,6 +486,7 @@ class Version:
 
     size: int
     tag: str | None = None
+    digests: Mapping[str, bytes] = field(factory=dict, eq=False, repr=False)  # as far as it tells
 
 
 class Buffers:
@@ -482,15 +502,29 @@ class Buffers:
 
     def __init__(self, *buffers: Any, notify: Notify | None = None) -> None:
         """Take buffers of bytes; `notify` is told how many bytes came, each time some did."""
-        self._rest = [memoryview(buffer).cast("B") for buffer in reversed(buffers) if len(buffer)]
-        self._notify = notify
-        self.size = sum(map(len, self._rest))
-        self.filled = 0
+        views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        self._begin(iter(views), sum(map(len, views)), notify)
+
+    @classmethod
+    def lazily(
+        cls, buffers: Iterable[memoryview], size: int, notify: Notify | None = None
+    ) -> Buffers:
+        """Take buffers of `size` bytes in all from what makes them.
+
+        Each is filled when the next one is asked for: so a file can be written through one.
+        """
+        made = cls()
+        made._begin(iter(buffers), size, notify)
+        return made
+
+    def _begin(self, views: Iterator[memoryview], size: int, notify: Notify | None) -> None:
+        self._views, self.size, self.filled, self._notify = views, size, 0, notify
+        self._rest = next(views, memoryview(b""))
 
     def readfrom(self, stream: Any) -> None:
         """Fill from a stream with `readinto`, until full or the stream ends."""
         while self._rest:
-            count = stream.readinto(self._rest[-1][:CHUNK_BYTES])
+            count = stream.readinto(self._rest[:CHUNK_BYTES])
             if not count:
                 return
             self._advance(count)
@@ -499,16 +533,14 @@ class Buffers:
         """Take bytes that an SDK pushes; what is more than the buffers hold is left."""
         view = memoryview(data)
         while self._rest and view:
-            count = min(len(view), len(self._rest[-1]))
-            self._rest[-1][:count] = view[:count]
+            count = min(len(view), len(self._rest))
+            self._rest[:count] = view[:count]
             self._advance(count)
             view = view[count:]
         return len(data)
 
     def _advance(self, count: int) -> None:
-        self._rest[-1] = self._rest[-1][count:]
-        if not self._rest[-1]:
-            self._rest.pop()
+        self._rest = self._rest[count:] or next(self._views, memoryview(b""))
         self.filled += count
         if self._notify:
             self._notify(count)
@@ -585,7 +617,7 @@ def _(
     if pin and pin.tag and pin.tag.startswith('"'):  # RFC 9110 13.1.1: strong ETags alone
         headers["If-Match"] = pin.tag
     options: dict[str, Any] = {"headers": headers, "stream": True, "cert": params.get("cert")}
-    options["timeout"] = params.get("timeout") or TIMEOUT_SECONDS
+    options["timeout"] = _timeout(params)
     if "authorization" in map(str.lower, headers):
         options["auth"] = _as_it_is  # else ~/.netrc would win
     if "user" in params:
@@ -597,7 +629,8 @@ def _(
         if reply.status_code != 206 or not extent or reply.headers.get("Content-Encoding"):  # noqa: PLR2004 - partial content
             raise UnrangedError
         tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        version = pinned(uri, Version(int(extent[2]), tag), pin)
+        version = Version(int(extent[2]), tag, _http_digests(reply.headers))
+        pinned(uri, version, pin)
         if offset >= 0 and int(extent[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for
         _read_socket(reply.raw, buffers)
@@ -640,8 +673,7 @@ def _(
         client = _gcs_client(uri, transport_params)
         blob = client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
         if pin is None:
-            blob.reload(timeout=TIMEOUT_SECONDS, retry=None)
-            pin = Version(blob.size, str(blob.generation))
+            pin = _gcs_version(blob, transport_params)
         if pin.size:
             start = max(0, pin.size + offset) if offset < 0 else offset
             blob.download_to_file(
@@ -651,7 +683,7 @@ def _(
                 raw_download=True,
                 if_generation_match=int(pin.tag or 0),
                 checksum=None,  # a range has none; the archive's CRCs are checked
-                timeout=TIMEOUT_SECONDS,
+                timeout=_timeout(transport_params),
                 retry=None,
             )
     return pin
@@ -669,8 +701,7 @@ def _(
     with explained(uri, pin):
         blob = _azure_client(uri, transport_params).get_blob_client(uri.container, uri.blob)
         if offset < 0:  # Azure knows no suffix ranges
-            known = blob.get_blob_properties()
-            pin = pinned(uri, Version(known.size, known.etag), pin)
+            pin = pinned(uri, _azure_version(blob), pin)
             offset = max(0, pin.size + offset)
         match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
         length = buffers.size - buffers.filled
@@ -679,6 +710,90 @@ def _(
         version = pinned(uri, Version(total, reply.properties.etag), pin)
         reply.readinto(buffers)
     return version
+
+
+@functools.singledispatch
+def read_version(uri: URI, transport_params: Params = None) -> Version:
+    """Tell which object a place has now, and its digests where the place keeps them.
+
+    The default asks for the first byte; stores are asked for the object's properties.
+
+    Args:
+        uri: the place.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: as `open_stream`.
+    """
+    return read_range(uri, 0, Buffers(bytearray(1)), None, transport_params)
+
+
+@read_version.register
+def _(uri: S3URI, transport_params: Params = None) -> Version:
+    options = {"Bucket": uri.bucket, "Key": uri.key, "ChecksumMode": "ENABLED"}
+    if uri.version_id:
+        options["VersionId"] = uri.version_id
+    with explained(uri):
+        reply = _s3_client(uri, transport_params).head_object(**options)
+    digests = {
+        name: reply.get(f"Checksum{name.upper()}", "")
+        for name in ("sha256", "sha1", "crc32", "crc32c")
+    }
+    plain = reply.get("ServerSideEncryption") in {None, "AES256"} and (
+        "SSECustomerAlgorithm" not in reply
+    )
+    md5 = re.fullmatch(r'"([0-9a-f]{32})"', reply["ETag"]) if plain else None
+    return Version(
+        reply["ContentLength"],
+        reply["ETag"],
+        _decoded(digests) | ({"md5": bytes.fromhex(md5[1])} if md5 else {}),
+    )
+
+
+@read_version.register
+def _(uri: GCSURI, transport_params: Params = None) -> Version:
+    with explained(uri):
+        client = _gcs_client(uri, transport_params)
+        blob = client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
+        return _gcs_version(blob, transport_params)
+
+
+def _gcs_version(blob: Any, transport_params: Params) -> Version:
+    blob.reload(timeout=_timeout(transport_params), retry=None)
+    digests = _decoded({"crc32c": blob.crc32c, "md5": blob.md5_hash})
+    return Version(blob.size, str(blob.generation), digests)
+
+
+@read_version.register
+def _(uri: AzureURI, transport_params: Params = None) -> Version:
+    with explained(uri):
+        client = _azure_client(uri, transport_params)
+        return _azure_version(client.get_blob_client(uri.container, uri.blob))
+
+
+def _azure_version(blob: Any) -> Version:
+    known = blob.get_blob_properties()
+    md5 = known.content_settings.content_md5
+    return Version(known.size, known.etag, {"md5": bytes(md5)} if md5 else {})
+
+
+def _http_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
+    """Read the digests of the whole that come with a part of it.
+
+    Repr-Digest is RFC 9530's; x-goog-hash and x-ms-blob-content-md5 are GCS's and Azure's, for
+    whoever reads them by URL.
+    """
+    found = re.findall(r"([\w-]+)=:([A-Za-z0-9+/=]+):", headers.get("Repr-Digest", ""))
+    found += re.findall(r"(\w+)=([A-Za-z0-9+/=]+)", headers.get("x-goog-hash", ""))
+    found.append(("md5", headers.get("x-ms-blob-content-md5", "")))
+    return _decoded({name.lower().replace("sha-", "sha"): text for name, text in found})
+
+
+def _decoded(digests: Mapping[str, str | None]) -> dict[str, bytes]:
+    """Decode base64; S3's digest of the digests of parts, which ends in their count, is none."""
+    return {
+        name: base64.b64decode(text) for name, text in digests.items() if text and "-" not in text
+    }
 
 
 def _as_it_is(request: Any) -> Any:
@@ -810,14 +925,17 @@ def _status(err: Any) -> tuple[int, str]:
 
 
 def _retry_after(err: Any) -> float:
-    """Read the seconds of a Retry-After header (RFC 9110 10.2.3)."""
+    """Read the seconds of a Retry-After header, or until its date (RFC 9110 10.2.3)."""
     reply = getattr(err, "response", None)
     if isinstance(reply, dict):
         headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     else:
         headers = getattr(reply, "headers", None) or {}
     text = str(headers.get("retry-after") or headers.get("Retry-After") or "")
-    return float(text) if text.isdecimal() else 0.0
+    if text.isdecimal():
+        return float(text)
+    date = email.utils.parsedate_tz(text)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
 
 
 def links(err: BaseException) -> Iterator[BaseException]:
@@ -872,9 +990,9 @@ def _(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # 
     path = Path(uri.path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # no other call's
     try:
-        with _unwritten(uri), part.open("wb") as stream:
+        with unwritten(uri), part.open("wb") as stream:
             yield stream
-        with _unwritten(uri):
+        with unwritten(uri):
             part.replace(path)
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -882,9 +1000,12 @@ def _(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # 
 
 
 @contextmanager
-def _unwritten(uri: LocalURI) -> Iterator[None]:
+def unwritten(uri: LocalURI) -> Iterator[None]:
+    """Turn what a disk raises into a `CheckpointError` that it caused."""
     try:
         yield
+    except CheckpointError:
+        raise
     except OSError as err:
         kind = AccessDeniedError if isinstance(err, PermissionError) else CheckpointError
         kind = CheckpointNotFoundError if isinstance(err, FileNotFoundError) else kind
@@ -894,21 +1015,21 @@ def _unwritten(uri: LocalURI) -> Iterator[None]:
 
 @open_writer.register
 def _(uri: S3URI, transport_params: Params = None) -> _Writer:
-    params = {**(transport_params or {}), "client": _s3_client(uri, transport_params)}
+    params = _with_client(transport_params, _s3_client(uri, transport_params))
     s3 = imported("smart_open.s3", uri)
     return _committed(uri, uri.version_id, lambda: s3.open(uri.bucket, uri.key, "wb", **params))
 
 
 @open_writer.register
 def _(uri: GCSURI, transport_params: Params = None) -> _Writer:
-    params = {**(transport_params or {}), "client": _gcs_client(uri, transport_params)}
+    params = _with_client(transport_params, _gcs_client(uri, transport_params))
     gcs = imported("smart_open.gcs", uri)
     return _committed(uri, uri.generation, lambda: gcs.open(uri.bucket, uri.name, "wb", **params))
 
 
 @open_writer.register
 def _(uri: AzureURI, transport_params: Params = None) -> _Writer:
-    params = {**(transport_params or {}), "client": _azure_client(uri, transport_params)}
+    params = _with_client(transport_params, _azure_client(uri, transport_params))
     azure = imported("smart_open.azure", uri)
     return _committed(uri, None, lambda: azure.open(uri.container, uri.blob, "wb", **params))
 

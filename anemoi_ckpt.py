@@ -7,7 +7,7 @@ Read from top to bottom, this file is the way a checkpoint takes::
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
 
-sources · fetch · load · look · keep · install · command line
+fetch · load · look · keep · install · command line
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import os
-import random
+import re
 import shutil
 import sys
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
 from _ckpt_archive import (
     LOCAL_SIGNATURE,
@@ -55,6 +52,14 @@ from _ckpt_archive import (
     unreadable,
 )
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
+from _ckpt_download import (
+    Wish,
+    cache_entries,
+    cache_folder,
+    clear_cache,
+    download_to,
+    download_to_cache,
+)
 from _ckpt_errors import (
     AccessDeniedError,
     ChangedError,
@@ -73,31 +78,42 @@ from _ckpt_hollow import Ledger, asks_for_values, build
 from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
 from _ckpt_install import Before, Match, Report, check_enough, install, look, match
 from _ckpt_places import (
-    CHUNK_BYTES,
     GCSURI,
     HTTPURI,
-    LONG_PART_BYTES,
     S3URI,
-    TIMEOUT_SECONDS,
     URI,
     AzureURI,
     Buffers,
     LocalURI,
-    Notify,
     Params,
     UnrangedError,
     Version,
-    empty_file,
     explained,
     imported,
     links,
     open_stream,
     open_writer,
     parse_uri,
-    pinned,
     read_range,
+    read_version,
     register_scheme,
 )
+from _ckpt_sources import (
+    BLOCK_BYTES,
+    PART_BYTES,
+    RETRIES,
+    Progress,
+    Reach,
+    Source,
+    hold,
+    in_parallel,
+    open_source,
+    part_bytes,
+    read_whole,
+    shown,
+    stream_whole,
+)
+from _ckpt_tables import sized
 from _ckpt_write import embedded, write_safetensors, write_zip
 
 __all__ = [
@@ -134,283 +150,26 @@ __all__ = [
     "parse_uri",
     "peek",
     "read_range",
+    "read_version",
     "register_scheme",
     "save",
 ]
 
-log = logging.getLogger("anemoi_ckpt")
-
 Strategy = Callable[[Any], Any]
-Progress = bool | Callable[[int, int | None], object] | None
 
 _T = TypeVar("_T")
 _SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
-BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
-AHEAD_BYTES = 4 * 1024  # read on past a record: the small ones after the pickle come with it
-PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
-ATTEMPTS = 5  # without progress, before a place counts as unreachable
-PROGRESS_DELAY_SECONDS = 1.0  # a shorter load shows no bar
-
-
-# ── sources ───────────────────────────────────────────────────────────────────────────────────
-
-
-@frozen
-class _Source:
-    """One object, pinned: where all bytes of a load come from, with one policy of retries."""
-
-    uri: URI
-    version: Version | None = None
-    transport_params: Params = field(default=None, repr=False)
-    moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
-
-    @property
-    def size(self) -> int:
-        """Give the object's size in bytes (0 before anything was read)."""
-        return self.version.size if self.version else 0
-
-    def read(self, offset: int, arrays: Sequence[Any], notify: Notify | None = None) -> Version:
-        """Fill the arrays from an offset on; where a read breaks off, go on with what is missing.
-
-        Raises:
-            CheckpointError: as `read_range`, after `ATTEMPTS` in a row that brought nothing.
-        """
-        buffers = Buffers(*arrays, notify=notify)
-        attempt, best = 0, 0
-        while True:
-            known = buffers.filled
-            start = offset + known
-            try:
-                version = read_range(self.uri, start, buffers, self.version, self.transport_params)
-            except UnreachableError as err:
-                problem: UnreachableError = err
-            else:
-                first = max(0, version.size + offset) if offset < 0 else offset
-                if buffers.filled >= min(buffers.size, version.size - first):
-                    return version
-                problem = UnreachableError(
-                    self.uri,
-                    f"the answer ended early, {buffers.filled} bytes after byte {first}",
-                    "check the network and the server",
-                )
-            finally:
-                self.moved.append(buffers.filled - known)
-            attempt = 1 if buffers.filled > best else attempt + 1
-            best = max(best, buffers.filled)
-            _wait(attempt, problem)
-            if self.version is None:  # what came may be another object's than what is to come
-                buffers = Buffers(*arrays, notify=notify)
-
-
-@frozen
-class _HeldURI(URI):
-    """A place in memory: an object that had to be taken whole."""
-
-    data: memoryview = field(repr=False, eq=False)
-
-
-@read_range.register
-def _(
-    uri: _HeldURI,
-    offset: int,
-    buffers: Buffers,
-    pin: Version | None = None,  # noqa: ARG001 - memory does not change
-    transport_params: Params = None,  # noqa: ARG001
-) -> Version:
-    size = len(uri.data)
-    buffers.write(uri.data[max(0, size + offset) if offset < 0 else offset :])
-    return Version(size)
-
-
-class _Blocks(io.RawIOBase):
-    """A seekable file over a source that keeps what it has read, and asks for the rest."""
-
-    def __init__(self, source: _Source, blocks: dict[int, memoryview]) -> None:
-        self._source, self._blocks, self._position = source, blocks, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}
-        self._position = max(0, base[whence] + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(0, self._source.size - self._position))
-        filled = 0
-        while filled < wanted:
-            block = self._block(self._position, wanted - filled)[: wanted - filled]
-            view[filled : filled + len(block)] = block
-            filled += len(block)
-            self._position += len(block)
-        return filled
-
-    def _block(self, position: int, length: int) -> memoryview:
-        """Give what is known from a position on; if nothing is, fetch all up to what is."""
-        for start, block in self._blocks.items():
-            if start <= position < start + len(block):
-                return block[position - start :]
-        end = min(start for start in (*self._blocks, self._source.size) if start > position)
-        block = memoryview(bytearray(min(end - position, max(length + AHEAD_BYTES, BLOCK_BYTES))))
-        self._source.read(position, [block])
-        self._blocks[position] = block
-        return block
-
-
-def _open_source(uri: URI, transport_params: Params) -> tuple[_Source, BinaryIO]:
-    """Ask for the first and the last block at once; they tell size and version, too."""
-    unpinned = _Source(uri, None, transport_params)
-    head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-    with ThreadPoolExecutor(2) as pool:
-        last = pool.submit(unpinned.read, -BLOCK_BYTES, [tail])
-        version = unpinned.read(0, [head])
-        if version.size > BLOCK_BYTES:  # else the first block is all there is
-            pinned(uri, last.result(), version)
-    if not version.size:
-        raise empty_file(uri)
-    source = _Source(uri, version, transport_params, unpinned.moved)
-    blocks = {0: memoryview(head)[: version.size]}
-    if version.size > BLOCK_BYTES:
-        blocks[version.size - BLOCK_BYTES] = memoryview(tail)
-    return source, cast("BinaryIO", _Blocks(source, blocks))
-
-
-def _hold(uri: URI, data: bytes | bytearray) -> tuple[_Source, BinaryIO]:
-    """Make a source of bytes in memory."""
-    if not data:
-        raise empty_file(uri)
-    view = memoryview(data)
-    source = _Source(_HeldURI(uri.text, view), Version(len(view)))
-    return source, cast("BinaryIO", _Blocks(source, {0: view}))
-
-
-def _stream_whole(uri: URI, transport_params: Params, progress: Progress) -> bytearray:
-    """Take all of an object that comes in no parts."""
-    attempt = 0
-    with _shown(uri, None, progress) as notify:
-        while True:
-            data = bytearray()
-            try:
-                with explained(uri), closing(open_stream(uri, transport_params)) as stream:
-                    while chunk := stream.read(CHUNK_BYTES):
-                        data += chunk
-                        notify(len(chunk))
-            except UnreachableError as err:
-                attempt += 1
-                _wait(attempt, err)
-            else:
-                return data
-
-
-def _wait(attempt: int, problem: UnreachableError) -> None:
-    """Wait before the next attempt: twice as long each time, or as long as the server asks for."""
-    if attempt >= ATTEMPTS:
-        problem.add_note(f"after {ATTEMPTS} attempts that brought nothing")
-        raise problem
-    log.info("attempt %d of %d failed: %s", attempt, ATTEMPTS, problem)
-    jitter = random.uniform(0.05, 0.1)  # noqa: S311 - so that ranks do not return all at once
-    time.sleep(max(min(problem.retry_after, TIMEOUT_SECONDS), jitter * 2**attempt))
-
-
-def _read_whole(source: _Source, progress: Progress) -> bytearray:
-    """Take all of an object, in parallel parts."""
-    data = bytearray(source.size)
-    whole = memoryview(data)
-    size = _part_bytes(source, source.size)
-    with _shown(source.uri, source.size, progress) as notify:
-        tasks = [
-            functools.partial(source.read, offset, [whole[offset : offset + size]], notify)
-            for offset in range(0, source.size, size)
-        ]
-        _in_parallel(tasks, source.uri.connections)
-    return data
-
-
-@contextmanager
-def _shown(uri: URI, total: int | None, progress: Progress) -> Iterator[Notify]:
-    """Show how many of the bytes have come; the total is None where the place does not tell it."""
-    lock = threading.Lock()
-    if callable(progress):
-        done = 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            with lock:
-                done = min(done + size, total or sys.maxsize)  # headers come, too
-                progress(done, total)
-
-        yield count
-    elif progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
-        from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
-
-        delay = PROGRESS_DELAY_SECONDS if progress is None else 0
-        with tqdm(total=total, desc=uri.filename, delay=delay, unit="B", unit_scale=True) as bar:
-
-            def advance(size: int) -> None:
-                with lock:
-                    bar.update(min(size, (total or sys.maxsize) - bar.n))
-
-            yield advance
-    else:
-        yield _ignore
-
-
-def _ignore(_size: int) -> None:
-    """Show nothing."""
-
-
-_Pieces = list[tuple[memoryview, str]]  # memory to fill, and whose it is
-
-
-def _part_bytes(source: _Source, total: int) -> int:
-    """Choose how much to ask for at once: each connection a part, as far as that makes sense."""
-    return min(max(total // source.uri.connections, PART_BYTES), LONG_PART_BYTES)
-
-
-def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces]]:
-    """Cut a span of an object, which fills pieces of memory, into parts of one request each."""
-    part: _Pieces = []
-    room = size
-    for view, owner in pieces:
-        rest = view
-        while rest:
-            part.append((rest[:room], owner))
-            rest, room = rest[room:], room - min(room, len(rest))
-            if not room:
-                yield offset, part
-                offset, part, room = offset + size, [], size
-    if part:
-        yield offset, part
-
-
-def _in_parallel(tasks: Sequence[Callable[[], Any]], connections: int) -> None:
-    """Run all; the first failure or interrupt is raised at once, and drops what is not begun."""
-    if len(tasks) == 1:
-        tasks[0]()
-        return
-    pool = ThreadPoolExecutor(connections, "anemoi-ckpt")
-    try:
-        for future in as_completed([pool.submit(task) for task in tasks]):
-            future.result()
-    finally:
-        # what is under way ends by itself; its memory lives as long as the views that it fills
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ── fetch ─────────────────────────────────────────────────────────────────────────────────────
 
 
+_Pieces = list[tuple[memoryview, str]]  # memory to fill, and whose it is
+
+
 def _fetch(
-    source: _Source, records: Mapping[str, Record], progress: Progress
+    source: Source, records: Mapping[str, Record], progress: Progress
 ) -> dict[str, torch.UntypedStorage]:
     """Bring records into fresh storages: coalesced ranges, in parallel, each record checked."""
     storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
@@ -420,7 +179,7 @@ def _fetch(
     parts = [
         part
         for offset, pieces in _spans(records, views, headers)
-        for part in _cut(offset, pieces, _part_bytes(source, total))
+        for part in _cut(offset, pieces, part_bytes(source, total))
     ]
     missing = Counter(owner for _, pieces in parts for _, owner in pieces)
     lock = threading.Lock()
@@ -434,9 +193,9 @@ def _fetch(
             if whole:  # checked here, while other parts are still on their way
                 _verify(source, records[owner], headers[owner], views[owner])
 
-    with _shown(source.uri, total, progress) as notify:
+    with shown(source.uri, total, progress) as notify:
         tasks = [functools.partial(bring, *part) for part in parts]
-        _in_parallel(tasks, source.uri.connections)
+        in_parallel(tasks, source)
     return storages
 
 
@@ -460,7 +219,23 @@ def _spans(
     yield span
 
 
-def _verify(source: _Source, record: Record, header: Any, view: memoryview) -> None:
+def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces]]:
+    """Cut a span of an object, which fills pieces of memory, into parts of one request each."""
+    part: _Pieces = []
+    room = size
+    for view, owner in pieces:
+        rest = view
+        while rest:
+            part.append((rest[:room], owner))
+            rest, room = rest[room:], room - min(room, len(rest))
+            if not room:
+                yield offset, part
+                offset, part, room = offset + size, [], size
+    if part:
+        yield offset, part
+
+
+def _verify(source: Source, record: Record, header: Any, view: memoryview) -> None:
     """Check what came for a record; where it is wrong, bring it once more."""
     start = data_start(source.uri, record, header) if header else record.start
     if start != record.start or not crc_matches(record, view):
@@ -493,10 +268,13 @@ def _memory(storage: torch.UntypedStorage) -> memoryview:
 # ── load ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(
+def load(  # noqa: PLR0913 - by keyword
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
     trust: bool | Sequence[Any] = False,
+    cached: bool = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Any:
@@ -515,6 +293,14 @@ def load(
         trust: True imports and runs whatever the checkpoint names, at least twice: it can do
             all that you can, so be as sure of its author as of your own code. A list of classes
             and functions runs just these, and what they do with what they are given.
+        cached: True downloads the file whole, once for this machine (see `download`), and loads
+            from there: one request then tells that the object is still the same.
+        retries: how often in a row a read that brought nothing is tried again: on refused and reset
+            connections, silence, 408, 429 and 5xx, never on 401, 403, 404 and 412. One that
+            brought something goes on from there.
+        timeout: seconds without one new byte, waits included, after which the place counts as
+            unreachable (180 where None); a connection is given up after a third of it. A client
+            of your own keeps its own.
         transport_params: smart-open's: ``{"client": …}`` for S3, GCS and Azure,
             ``{"session": …, "headers": …}`` for HTTP.
         progress: None shows a bar in a terminal or notebook where loading takes over a second;
@@ -530,7 +316,8 @@ def load(
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    return _load(parse_uri(uri), strategies, trusted(trust), transport_params, progress).checkpoint
+    reach = Reach(transport_params, retries, timeout, cached)
+    return _load(parse_uri(uri), strategies, trusted(trust), reach, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
@@ -549,43 +336,54 @@ def _load(
     place: URI,
     strategies: Sequence[Strategy],
     trust: Trust,
-    transport_params: Params,
+    reach: Reach,
     progress: Progress,
 ) -> _Loaded:
     for strategy in strategies:
         if not callable(strategy):
             raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
 
-    def survive(origin: _Source, source: _Source, archive: Archive) -> _Loaded:
+    def survive(origin: Source, source: Source, archive: Archive) -> _Loaded:
         checkpoint = _survivors(source, archive, strategies, trust, progress)
         return _Loaded(checkpoint, sum(origin.moved), origin.size)
 
-    return _read(place, transport_params, progress, survive)
+    if not reach.cached:
+        return _read(place, reach, progress, survive)
+    wish = Wish(place, reach, progress)
+    copy = download_to_cache(wish)
+    try:
+        return _read(parse_uri(copy), reach, progress, survive)
+    except CorruptError:  # since it was downloaded
+        copy.unlink()
+        return _read(parse_uri(download_to_cache(wish)), reach, progress, survive)
 
 
 def _read(
     place: URI,
-    transport_params: Params,
+    reach: Reach,
     progress: Progress,
-    use: Callable[[_Source, _Source, Archive], _T],
+    use: Callable[[Source, Source, Archive], _T],
 ) -> _T:
     """Use what a place holds: given are what is stored, what to read from, and what is in it."""
     try:
-        origin, blocks = _open_source(place, transport_params)
+        origin, blocks = open_source(place, reach)
         return use(origin, *_open_archive(place, origin, blocks, progress))
     except UnrangedError:
-        data = _stream_whole(place, transport_params, progress)
-        origin = _Source(place, Version(len(data)), moved=[len(data)])
-        return use(origin, *_open_archive(place, *_hold(place, data), progress=False))
+        whole = io.BytesIO()
+        with shown(place, None, progress) as notify:
+            stream_whole(place, whole, reach, notify)
+        data = whole.getbuffer()
+        origin = Source(place, Version(len(data)), moved=[len(data)])
+        return use(origin, *_open_archive(place, *hold(place, data), progress=False))
 
 
 def _open_archive(
-    place: URI, source: _Source, blocks: BinaryIO, progress: Progress
-) -> tuple[_Source, Archive]:
+    place: URI, source: Source, blocks: BinaryIO, progress: Progress
+) -> tuple[Source, Archive]:
     """Read what a source holds, whichever of the formats it is in."""
     suffix = _compression(place)
     if suffix:
-        source, blocks = _hold(place, _decompressed(place, _read_whole(source, progress), suffix))
+        source, blocks = hold(place, _decompressed(place, read_whole(source, progress), suffix))
     start = blocks.read(_SIGNATURE_BYTES)
     blocks.seek(0)
     if looks_like_safetensors(start):  # first: the length of its header may look like a zip's mark
@@ -593,7 +391,7 @@ def _open_archive(
     if start.startswith(LOCAL_SIGNATURE):
         directory = read_directory(place, blocks)
         if is_packed(directory):
-            source, blocks = _hold(place, unpacked(place, _read_whole(source, progress)))
+            source, blocks = hold(place, unpacked(place, read_whole(source, progress)))
             directory = read_directory(place, blocks)
         return source, read_zip(place, blocks, directory)
     if start.startswith(b"\x80"):  # a pickle's first byte
@@ -614,7 +412,7 @@ def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any
 
 
 def _survivors(
-    source: _Source,
+    source: Source,
     archive: Archive,
     strategies: Sequence[Strategy],
     trust: Trust,
@@ -688,7 +486,13 @@ def _looks_like(start: bytes) -> tuple[str, str]:
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def peek(uri: str | os.PathLike[str] | URI, *, transport_params: Params = None) -> Contents:
+def peek(
+    uri: str | os.PathLike[str] | URI,
+    *,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> Contents:
     """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
 
     Takes at most five ranged reads, however large the checkpoint is, and runs none of its code
@@ -696,6 +500,8 @@ def peek(uri: str | os.PathLike[str] | URI, *, transport_params: Params = None) 
 
     Args:
         uri: where it is.
+        retries: as for `load`.
+        timeout: as for `load`.
         transport_params: as for `load`.
 
     Raises:
@@ -711,15 +517,20 @@ def peek(uri: str | os.PathLike[str] | URI, *, transport_params: Params = None) 
     ('w', (250,), torch.float32)
     """
 
-    def look_in(origin: _Source, _source: _Source, archive: Archive) -> Contents:
+    def look_in(origin: Source, _source: Source, archive: Archive) -> Contents:
         contents = look_into(archive, origin.size)
         return evolve(contents, bytes_moved=sum(origin.moved))
 
-    return _read(parse_uri(uri), transport_params, None, look_in)
+    return _read(parse_uri(uri), Reach(transport_params, retries, timeout), None, look_in)
 
 
 def metadata(
-    uri: str | os.PathLike[str] | URI, *, arrays: bool = False, transport_params: Params = None
+    uri: str | os.PathLike[str] | URI,
+    *,
+    arrays: bool = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
 ) -> Any:
     """Read the metadata that Anemoi embeds in a checkpoint, and none of its weights.
 
@@ -729,13 +540,16 @@ def metadata(
         uri: where it is.
         arrays: give a pair, of the metadata and of the supporting arrays (numpy's,
             nested as the metadata's ``supporting_arrays_paths``); only their bytes are moved.
+        retries: as for `load`.
+        timeout: as for `load`.
         transport_params: as for `load`.
 
     Raises:
         CheckpointNotFoundError: no such object, or no metadata in it.
         CheckpointError: as `load`.
     """
-    found, data = _embedded(parse_uri(uri), transport_params, arrays=arrays)
+    reach = Reach(transport_params, retries, timeout)
+    found, data = _embedded(parse_uri(uri), reach, arrays=arrays)
     if found is None:
         raise CheckpointNotFoundError(
             uri,
@@ -749,12 +563,12 @@ def metadata(
 
 
 def _embedded(
-    place: URI, transport_params: Params, *, arrays: bool
+    place: URI, reach: Reach, *, arrays: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Read Anemoi's metadata, if there is any, and the bytes of its arrays, by their paths."""
 
     def read(
-        _origin: _Source, source: _Source, archive: Archive
+        _origin: Source, source: Source, archive: Archive
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         found = find_metadata(archive)
         if found is None or not arrays:
@@ -764,34 +578,47 @@ def _embedded(
         storages = _fetch(source, records, progress=False)
         return found, {n: _memory(each) if each.nbytes() else b"" for n, each in storages.items()}
 
-    return _read(place, transport_params, None, read)
+    return _read(place, reach, None, read)
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def download(
+def download(  # noqa: PLR0913 - by keyword
     uri: str | os.PathLike[str] | URI,
-    to: str | os.PathLike[str] = ".",
+    to: str | os.PathLike[str] | None = None,
     *,
+    sha256: str | None = None,
+    resume: bool = True,
+    retries: int = RETRIES,
+    timeout: float | None = None,
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Path:
     """Copy a checkpoint to a file, whole and in parallel ranges, and give the file's path.
 
-    The file appears when all of it is there; what was there before stays until then. All reads
-    are of one version of the object. The bytes are those that are stored: nothing is
-    decompressed, and no CRC is looked at before the file is loaded.
+    The file appears when all of it is there and checked: its length, the digest that the place
+    keeps (S3's checksums or single-part ETag, GCS's crc32c, Azure's Content-MD5, RFC 9530's
+    Repr-Digest), and the CRC-32 of every record that torch stored. All reads are of one version
+    of the object. The bytes are those that are stored: nothing is decompressed.
 
     Args:
         uri: where it is.
-        to: the file to write, or an existing folder to write it into under its own name.
+        to: the file to write, or a folder to write it into under its own name. None is a folder
+            for all processes of this machine (``ANEMOI_CKPT_CACHE``, else the platform's for
+            caches): one downloads, the others wait for it, and what is there is not fetched
+            again for as long as the object is the same.
+        sha256: what the file's SHA-256 must be, in hexadecimal digits.
+        resume: go on with what a call before this one left when it was broken off, killed even,
+            if the object is still the same; and leave it where this one is. False begins anew,
+            and leaves nothing.
+        retries: as for `load`.
+        timeout: as for `load`.
         transport_params: as for `load`.
         progress: as for `load`.
 
     Raises:
-        CheckpointError: as `load`.
-        OSError: the file cannot be written.
+        CheckpointError: as `load`; or the file cannot be written, or is not what it should be.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -799,39 +626,17 @@ def download(
     >>> load(download(folder / "last.ckpt", folder / "copy.ckpt"))
     {'epoch': 3}
     """
-    place = parse_uri(uri)
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
+    reach = Reach(transport_params, retries, timeout)
+    wish = Wish(parse_uri(uri), reach, progress, sha256, resume)
+    if to is None:
+        return download_to_cache(wish)
     target = Path(to).expanduser()
-    if target.is_dir():
-        target /= place.filename
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")  # no other call's
-    whole = part.with_suffix(".whole")
-    try:
-        part.touch()
-        try:
-            _copy(place, part, transport_params, progress)
-            part.replace(target)
-        except UnrangedError:  # what is under way may still write to the part
-            whole.write_bytes(_stream_whole(place, transport_params, progress))
-            whole.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+    if target.is_dir() or os.fspath(to).endswith(os.sep):
+        target /= wish.place.filename
+    download_to(target, wish)
     return target
-
-
-def _copy(place: URI, part: Path, transport_params: Params, progress: Progress) -> None:
-    def bring(offset: int) -> None:
-        block = bytearray(min(PART_BYTES, source.size - offset))
-        source.read(offset, [block], notify)
-        with part.open("r+b") as file:
-            file.seek(offset)
-            file.write(block)
-
-    source, _ = _open_source(place, transport_params)
-    with _shown(place, source.size, progress) as notify:
-        offsets = range(0, source.size, PART_BYTES)
-        tasks = [functools.partial(bring, offset) for offset in offsets]
-        _in_parallel(tasks, place.connections)
 
 
 def save(
@@ -867,7 +672,7 @@ def save(
     place = parse_uri(uri)
     extra = {}
     if metadata is not None:
-        found, data = _embedded(parse_uri(metadata), transport_params, arrays=True)
+        found, data = _embedded(parse_uri(metadata), Reach(transport_params), arrays=True)
         extra = embedded(found, data) if found is not None else {}
     suffix = _compression(place)
     safetensors = place.filename.removesuffix(suffix).endswith(".safetensors")
@@ -911,6 +716,9 @@ def load_into(  # noqa: PLR0913 - by keyword
     optimizer: Any = None,
     scheduler: Any = None,
     trust: bool | Sequence[Any] = False,
+    cached: bool = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Report:
@@ -929,6 +737,9 @@ def load_into(  # noqa: PLR0913 - by keyword
             for a model on the meta device is made afterwards: it would keep the old parameters.
         scheduler: likewise.
         trust: as for `load`.
+        cached: as for `load`.
+        retries: as for `load`.
+        timeout: as for `load`.
         transport_params: as for `load`.
         progress: as for `load`.
 
@@ -961,7 +772,8 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     every = (begin, *strategies, end)
     if held is None:
-        loaded = _load(place, every, trusted(trust), transport_params, progress)
+        reach = Reach(transport_params, retries, timeout, cached)
+        loaded = _load(place, every, trusted(trust), reach, progress)
     else:
         loaded = _Loaded(_applied(place, every, held), 0, 0)
     found: Match = loaded.checkpoint
@@ -1014,6 +826,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--cast", metavar="DTYPE", help="floating-point weights to bfloat16, say")
     command.set_defaults(run=_run_copy)
 
+    command = commands.add_parser("cache", help="list what download keeps for later, or clear it")
+    command.add_argument("glob", metavar="GLOB", nargs="?", default="*", help="of these places")
+    command.add_argument("--clear", action="store_true", help="remove them")
+    command.set_defaults(run=_run_cache)
+
     given = parser.parse_args(arguments)
     try:
         sys.stdout.write(given.run(given))
@@ -1047,6 +864,20 @@ def _run_copy(given: argparse.Namespace) -> str:
         with open_writer(to) as stream, closing(open_stream(place)) as source, explained(place):
             shutil.copyfileobj(source, stream, PART_BYTES)
     return f"{redact(str(to))}\n"
+
+
+def _run_cache(given: argparse.Namespace) -> str:
+    entries = cache_entries(given.glob)
+    if given.clear:
+        entries = clear_cache(entries)
+    lines = [
+        f"{sized(entry.size):>8}  {entry.place}{'' if entry.whole else '  (not whole)'}"
+        + ("" if given.clear else f"\n{'':>8}  {entry.path}")
+        for entry in entries
+    ]
+    total = sized(sum(entry.size for entry in entries))
+    what = "removed" if given.clear else f"in {cache_folder()}"
+    return "".join(f"{line}\n" for line in (*lines, f"{total:>8}  {what}"))
 
 
 def _chosen_strategies(given: argparse.Namespace, *, weights: bool) -> list[Strategy]:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import _ckpt_sources
 import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
@@ -701,7 +702,7 @@ def test_a_bar_shows_where_it_is_wanted(stored, capsys, monkeypatch) -> None:
         load(stored[0], progress=silent)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(anemoi_ckpt, "PROGRESS_DELAY_SECONDS", 0)
+    monkeypatch.setattr(_ckpt_sources, "PROGRESS_DELAY_SECONDS", 0)
     load(stored[0])
     assert "100%" in capsys.readouterr().err
 
@@ -716,7 +717,7 @@ def test_legacy_and_compressed_files_show_progress(tmp_path: Path) -> None:
 
 def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> None:
     uri, _ = stored
-    monkeypatch.setattr(anemoi_ckpt, "LONG_PART_BYTES", 100_000)
+    monkeypatch.setattr(_ckpt_sources, "LONG_PART_BYTES", 100_000)
     monkeypatch.setattr(anemoi_ckpt.HTTPURI, "connections", 4)
 
     def interrupted(done: int, total: int | None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import _ckpt_sources
 import anemoi_ckpt
 from _ckpt_tables import sized
 from anemoi_ckpt import (
@@ -425,7 +426,7 @@ def test_errors_of_the_command_line_are_one_line(
         ("copy", source, "b.ckpt", "--include", "x*"): "x*",
         ("peek", "https://user:secret@127.0.0.1:1/a?sig=s3cr3t"): "sig=***",
     }.items():
-        monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
         assert main(arguments) == 1
         shown = capsys.readouterr()
         assert said in shown.err

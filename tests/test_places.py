@@ -1,11 +1,14 @@
 """Places: what a text names, how it is opened and read in parts, and what is said when it fails."""
 
 import contextlib
+import email.utils
 import io
 import logging
 import os
 import pickle
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import _ckpt_places
-import anemoi_ckpt
+import _ckpt_sources
 import servers
 from anemoi_ckpt import (
     GCSURI,
@@ -171,14 +174,14 @@ def test_no_secret_shows(text: str) -> None:
 def test_no_secret_shows_in_a_log_or_a_cause(
     http_server: servers.HTTPServer, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     http_server.stop()
     with caplog.at_level(logging.DEBUG), pytest.raises(UnreachableError) as caught:
         load(f"{http_server.url}/a.ckpt?sig=hunter2")
     links = [caught.value, caught.value.__cause__]
     assert links[1] is not None
     assert not any("hunter2" in f"{link} {link!r}" for link in links)
-    assert "attempt 1 of 5 failed" in caplog.text
+    assert f"attempt 1 of 6 at {http_server.url}/a.ckpt?sig=***: no useful" in caplog.text
     # urllib3 logs the URL itself, at the level DEBUG, where nobody but a developer looks
     assert not any("hunter2" in r.getMessage() for r in caplog.records if "anemoi" in r.name)
 
@@ -235,7 +238,7 @@ def test_a_stream_that_always_ends_early_is_given_up(monkeypatch) -> None:
         def seek(self, offset: int, whence: int = 0) -> int:
             return super().seek(80 if whence == io.SEEK_END else offset)
 
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     open_stream.register(ShortURI, lambda uri, transport_params=None: Short(b"x" * 30))
     with pytest.raises(UnreachableError, match="the answer ended early, 30 bytes after byte 0"):
         load(ShortURI("x"))
@@ -339,7 +342,7 @@ def faulty(fault: str, place) -> str | None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_told_alike_in_all_places(place, fault: str, monkeypatch) -> None:
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     uri = faulty(fault, place)
     if uri is None:
         pytest.skip("there is no such thing here")
@@ -375,52 +378,68 @@ REMOTE = ["http", "s3", "gcs", "azure"]
 def test_a_failure_that_passes_is_waited_for(place, fault: servers.Fault, monkeypatch) -> None:
     import torch
 
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     checkpoint = {"w": torch.arange(50_000.0), "v": torch.ones(30_000)}
     uri = place.put("a.ckpt", as_bytes(checkpoint))
     place.server.faults.extend([fault, None, fault, fault, None, fault])
     assert_same(load(uri), checkpoint)
 
 
-def test_a_server_says_how_long_to_wait(http_server: servers.HTTPServer, monkeypatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
-    uri = http_server.put("a.ckpt", as_bytes({"a": 1}))
-    http_server.faults.extend([servers.throttled(503, 7), servers.throttled(429, 7)])
-    assert load(uri) == {"a": 1}
-    assert waits == [7.0, 7.0]
+class Waits(threading.Event):
+    """Notes how long one would have waited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        return False
 
 
-def test_s3_says_how_long_to_wait(s3, monkeypatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
-    s3.write("wait.ckpt", as_bytes({"a": 1}))
-    s3.server.faults.extend([servers.throttled(503, 7), servers.throttled(503, 7)])
-    assert load(s3.uri("wait.ckpt")) == {"a": 1}
-    assert waits == [7.0, 7.0]
+@pytest.mark.parametrize("place", REMOTE, indirect=True)
+def test_a_server_says_how_long_to_wait(place) -> None:
+    uri = parse_uri(place.put("a.bin", DATA))
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    place.server.faults.extend(
+        [servers.throttled(503, 7), servers.throttled(429, 7), servers.throttled(503, date)]
+    )
+    waits, buffer = Waits(), bytearray(9)
+    _ckpt_sources.Source(uri, stopped=waits).read(0, [buffer])
+    assert buffer == DATA[:9]
+    assert waits.seconds[:2] == [7, 7]
+    assert 25 < waits.seconds[2] <= 30
 
 
-def test_waits_double_and_have_jitter(http_server: servers.HTTPServer, monkeypatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", waits.append)
+def test_a_server_that_asks_to_wait_for_too_long(http_server: servers.HTTPServer) -> None:
+    http_server.fault = lambda request: servers.throttled(503, 3600)
+    with pytest.raises(UnreachableError) as caught:
+        load(f"{http_server.url}/a.ckpt")
+    assert "the server asks to wait 3600 s" in caught.value.__notes__[0]
+
+
+def test_waits_double_and_have_jitter(http_server: servers.HTTPServer) -> None:
+    waits = Waits()
     http_server.stop()
-    source = anemoi_ckpt._Source(parse_uri(f"{http_server.url}/a"))
-    with pytest.raises(UnreachableError):
+    source = _ckpt_sources.Source(parse_uri(f"{http_server.url}/a"), stopped=waits)
+    with pytest.raises(UnreachableError) as caught:
         source.read(0, [bytearray(1)])
-    assert len(waits) == anemoi_ckpt.ATTEMPTS - 1
-    assert all(0.05 * 2**n <= wait <= 0.1 * 2**n for n, wait in enumerate(waits, 1))
+    assert "given up after 6 attempts in " in caught.value.__notes__[0]
+    assert len(waits.seconds) == _ckpt_sources.RETRIES
+    assert all(0.1 * 2**n <= wait <= 0.2 * 2**n for n, wait in enumerate(waits.seconds))
 
 
 def test_a_read_that_brings_something_each_time_goes_on(
     http_server: servers.HTTPServer, monkeypatch
 ) -> None:
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     uri = parse_uri(http_server.put("a.bin", DATA))
     http_server.fault = lambda request: servers.Fault(cut=7000)
     buffer = bytearray(len(DATA))
     version = read_range(uri, 0, Buffers(bytearray(1)))
     http_server.log.clear()
-    anemoi_ckpt._Source(uri, version).read(0, [buffer])
+    _ckpt_sources.Source(uri, version).read(0, [buffer])
     assert buffer == DATA
     assert len(http_server.log) == 11  # of 7,000 bytes each: nothing came twice
     assert http_server.bytes_sent == len(DATA)
@@ -474,7 +493,7 @@ def test_a_store_that_speaks_s3_without_ranges(s3) -> None:
 def test_a_stream_that_breaks_is_begun_anew(http_server: servers.HTTPServer, monkeypatch) -> None:
     import torch
 
-    monkeypatch.setattr(anemoi_ckpt.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
     checkpoint = {"w": torch.arange(300_000)}
     uri = http_server.put("a.ckpt", as_bytes(checkpoint))
     count = iter(range(99))
