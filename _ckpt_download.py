@@ -41,8 +41,8 @@ from _ckpt_places import (
 from _ckpt_sources import (
     PART_BYTES,
     Progress,
-    Reach,
     Source,
+    Transport,
     find_version,
     in_parallel,
     log,
@@ -54,34 +54,34 @@ from _ckpt_sources import (
 
 
 @frozen
-class Wish:
+class Transfer:
     """What is to be downloaded, and how."""
 
     place: URI
-    reach: Reach
+    transport: Transport
     progress: Progress
     sha256: str | None = None
     resume: bool = True
 
 
-def download_to(target: Path, wish: Wish) -> None:
+def download_to(target: Path, transfer: Transfer) -> None:
     """Bring a file, or what is missing of it; check it; and only then give it its name.
 
     Raises:
         CheckpointError: it cannot be had, or not be written, or is not what was stored.
     """
     with _locked(target):
-        _bring(target, wish, _find_version(wish))
+        _bring(target, transfer, _find_version(transfer))
 
 
-def _find_version(wish: Wish) -> Version | None:
+def _find_version(transfer: Transfer) -> Version | None:
     """Ask which object there is; None where a place gives all of it, or nothing."""
     try:
-        version = find_version(wish.place, wish.reach)
+        version = find_version(transfer.place, transfer.transport)
     except UnrangedError:
         return None
     if not version.size:
-        raise empty_file(wish.place)
+        raise empty_file(transfer.place)
     return version
 
 
@@ -104,28 +104,28 @@ def _local(path: Path) -> LocalURI:
     return LocalURI(str(path), str(path))
 
 
-def _bring(target: Path, wish: Wish, version: Version | None) -> None:
+def _bring(target: Path, transfer: Transfer, version: Version | None) -> None:
     part = _Part(target, version)
-    if not wish.resume:
+    if not transfer.resume:
         part.remove()
     try:
-        for attempt in (1, 2):
-            _fill(part, wish)
-            damage = _damage(part, wish)
-            if not damage:
-                break
-            if attempt == 2:  # noqa: PLR2004 - fetched once more, and still wrong
-                raise damage[0][1]  # noqa: TRY301 - the part is removed below, as for all others
+        _fill(part, transfer)
+        damage = _damage(part, transfer)
+        if damage:  # fetched once more, then an error
             for extent, problem in damage:
                 log.warning("fetched once more: %s", problem)
                 part.forget(extent)
+            _fill(part, transfer)
+            damage = _damage(part, transfer)
+        if damage:
+            raise damage[0][1]  # noqa: TRY301 - the part is removed below, as for all others
         with unwritten(_local(target)):
             part.path.replace(target)
     except (ChangedError, CorruptError):
         part.remove()  # of another object, or damaged where it is stored
         raise
     except BaseException as err:
-        if wish.resume and part.resumable:
+        if transfer.resume and part.resumable:
             err.add_note(f"what came is kept as {part.path}: the same call goes on from there")
         else:
             part.remove()
@@ -133,18 +133,18 @@ def _bring(target: Path, wish: Wish, version: Version | None) -> None:
     part.journal.unlink(missing_ok=True)
 
 
-def _fill(part: _Part, wish: Wish) -> None:
+def _fill(part: _Part, transfer: Transfer) -> None:
     """Bring what is missing of a part."""
     if part.version is None:
-        with shown(wish.place, None, wish.progress) as notify, part.opened("w+b") as file:
-            stream_whole(wish.place, file, wish.reach, notify)
+        with shown(transfer.place, None, transfer.progress) as notify, part.opened("w+b") as file:
+            stream_whole(transfer.place, file, transfer.transport, notify)
         return
     part.begin()
-    source = Source(wish.place, part.version, wish.reach)
+    source = Source(transfer.place, part.version, transfer.transport)
     extents = list(part.missing())
     missing = sum(map(len, extents))
     part.require_room(missing)
-    with shown(wish.place, source.size, wish.progress) as notify:
+    with shown(transfer.place, source.size, transfer.progress) as notify:
         notify(source.size - missing)
         in_parallel([partial(_fetch, source, part, each, notify) for each in extents], source)
 
@@ -275,37 +275,32 @@ class _Part:
 _STRONGEST_FIRST = ("sha256", "sha512", "crc32c", "crc32", "md5")
 
 
-def _damage(part: _Part, wish: Wish) -> list[tuple[range, CorruptError]]:
+def _damage(part: _Part, transfer: Transfer) -> list[tuple[range, CorruptError]]:
     """List what of a file is not what was stored, by all that is known of that."""
     with part.opened("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if not size:
-            raise empty_file(wish.place)
+            raise empty_file(transfer.place)
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        found = []
         if data[: len(LOCAL_SIGNATURE)] == LOCAL_SIGNATURE:
-            found += find_damage(wish.place, file, data)
-        for name, digest, who in _expected(part.version, wish.sha256):
+            found = find_damage(transfer.place, file, data)
+            if found:
+                return found
+        digests = part.version.digests if part.version else {}
+        checks = [
+            (name, digests[name], "of the place") for name in _STRONGEST_FIRST if name in digests
+        ]
+        if transfer.sha256 is not None:
+            checks.insert(0, ("sha256", bytes.fromhex(transfer.sha256), "asked for"))
+        for name, digest, whose in checks:
             actual = _digest(name, data)
-            if actual not in {digest, None}:
-                found.append((range(size), _differs(wish.place, name, actual, digest, who)))
-        return found
-
-
-def _expected(version: Version | None, sha256: str | None) -> Iterator[tuple[str, bytes, str]]:
-    """Give the digests to check: the caller's, and the best that the place keeps."""
-    if sha256 is not None:
-        yield "sha256", bytes.fromhex(sha256), "asked for"
-    known = version.digests if version else {}
-    yield from [(n, known[n], "of the place") for n in _STRONGEST_FIRST if n in known][:1]
-
-
-def _differs(place: URI, name: str, actual: bytes, digest: bytes, who: str) -> CorruptError:
-    return CorruptError(
-        place,
-        f"its {name} is {actual.hex()}, and not the one {who}, {digest.hex()}",
-        "the stored file is damaged, or another than was meant",
-    )
+            if actual is not None and actual != digest:
+                problem = f"its {name} is {actual.hex()}, and not the one {whose}, {digest.hex()}"
+                remedy = "the stored file is damaged, or another than was meant"
+                return [(range(size), CorruptError(transfer.place, problem, remedy))]
+            if actual is not None and whose == "of the place":
+                break  # one of them is enough
+    return []
 
 
 def _digest(name: str, data: memoryview) -> bytes | None:
@@ -341,32 +336,32 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("anemoi-ckpt", appauthor=False)
 
 
-def download_to_cache(wish: Wish) -> Path:
+def download_to_cache(transfer: Transfer) -> Path:
     """Bring a file once for all who ask on this machine, for as long as the object is the same."""
-    version = _find_version(wish)
+    version = _find_version(transfer)
     known = [version.size, version.tag] if version else None
-    key = hashlib.sha256(json.dumps([_identity(wish.place), known]).encode()).hexdigest()[:32]
-    target = cache_folder() / key / (wish.place.filename or "checkpoint")
+    key = hashlib.sha256(json.dumps([_identity(transfer.place), known]).encode()).hexdigest()[:32]
+    target = cache_folder() / key / (transfer.place.filename or "checkpoint")
     tagged = version is not None and version.tag is not None  # else who knows if it is the same
-    if tagged and _is_kept(target, wish):
+    if tagged and _is_kept(target, transfer):
         return target
     with unwritten(_local(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        (target.parent / _NOTE).write_text(redact(str(wish.place)), "utf-8")
+        (target.parent / _NOTE).write_text(redact(str(transfer.place)), "utf-8")
     with _locked(target):
-        if not (tagged and _is_kept(target, wish)):  # another process may have brought it
-            _bring(target, wish, version)
+        if not (tagged and _is_kept(target, transfer)):  # another process may have brought it
+            _bring(target, transfer, version)
     return target
 
 
-def _is_kept(target: Path, wish: Wish) -> bool:
+def _is_kept(target: Path, transfer: Transfer) -> bool:
     """Tell whether a file is there; one that is not what was asked for is fetched anew."""
     if not target.is_file():
         return False
-    if wish.sha256 is None:
+    if transfer.sha256 is None:
         return True
     with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == wish.sha256.lower()
+        return hashlib.file_digest(file, "sha256").hexdigest() == transfer.sha256.lower()
 
 
 def _identity(place: URI) -> str:
@@ -390,12 +385,12 @@ _NOTE = ".place"  # beside a cached file: where it is from
 
 @frozen
 class CacheEntry:
-    """A file in the cache, or what came of one."""
+    """A folder of the cache: a file in it, or what came of one."""
 
     place: str
-    path: Path
+    folder: Path
+    file: Path | None  # None where it is not whole
     size: int  # bytes on the disk
-    whole: bool
 
 
 def cache_entries(glob: str = "*") -> list[CacheEntry]:
@@ -407,24 +402,23 @@ def cache_entries(glob: str = "*") -> list[CacheEntry]:
             files = [path for path in note.parent.iterdir() if path != note]
             whole = [path for path in files if not path.name.startswith(".")]
             size = sum(path.stat().st_blocks * 512 for path in files)
-            if fnmatch.fnmatchcase(place, glob):
-                found.append(CacheEntry(place, (whole or [note.parent])[0], size, bool(whole)))
-    return sorted(found, key=lambda entry: -entry.size)
+            found.append(CacheEntry(place, note.parent, next(iter(whole), None), size))
+    chosen = [entry for entry in found if fnmatch.fnmatchcase(entry.place, glob)]
+    return sorted(chosen, key=lambda entry: -entry.size)
 
 
 def clear_cache(entries: list[CacheEntry]) -> list[CacheEntry]:
     """Remove cached files, but for those that are on their way; give what was removed."""
     removed = []
     for entry in entries:
-        folder = entry.path.parent if entry.whole else entry.path
-        locks = [filelock.FileLock(path) for path in folder.glob(".*.lock")]
+        locks = [filelock.FileLock(path) for path in entry.folder.glob(".*.lock")]
         try:
             for lock in locks:
                 lock.acquire(blocking=False)
         except filelock.Timeout:
             continue
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(entry.folder, ignore_errors=True)
             removed.append(entry)
         finally:
             for lock in locks:

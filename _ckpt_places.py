@@ -670,13 +670,10 @@ def _(
     transport_params: Params = None,
 ) -> Version:
     with explained(uri, pin):
-        client = _gcs_client(uri, transport_params)
-        blob = client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
-        if pin is None:
-            pin = _gcs_version(blob, transport_params)
+        pin = pin or read_version(uri, transport_params)
         if pin.size:
             start = max(0, pin.size + offset) if offset < 0 else offset
-            blob.download_to_file(
+            _gcs_blob(uri, transport_params).download_to_file(
                 buffers,
                 start=start,
                 end=min(start + buffers.size - buffers.filled, pin.size) - 1,
@@ -698,18 +695,34 @@ def _(
     transport_params: Params = None,
 ) -> Version:
     conditions = imported("azure.core", uri).MatchConditions
+    found: list[Version] = []
+
+    def take(response: Any) -> None:
+        reply = response.http_response
+        if reply.status_code not in {200, 206}:
+            return  # the SDK knows its errors
+        with closing(reply.internal_response) as inner:
+            total = inner.headers.get("Content-Range", "").rpartition("/")[2]
+            if not total:
+                raise UnrangedError
+            found.append(pinned(uri, Version(int(total), inner.headers["ETag"]), pin))
+            _read_socket(inner.raw, buffers)
+        raise _TakenError
+
     with explained(uri, pin):
-        blob = _azure_client(uri, transport_params).get_blob_client(uri.container, uri.blob)
+        blob = _azure_blob(uri, transport_params)
         if offset < 0:  # Azure knows no suffix ranges
-            pin = pinned(uri, _azure_version(blob), pin)
+            pin = pinned(uri, read_version(uri, transport_params), pin)
             offset = max(0, pin.size + offset)
         match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
         length = buffers.size - buffers.filled
-        reply = blob.download_blob(offset=offset, length=length, max_concurrency=1, **match)
-        total = int(reply.properties.content_range.rpartition("/")[2])
-        version = pinned(uri, Version(total, reply.properties.etag), pin)
-        reply.readinto(buffers)
-    return version
+        with suppress(_TakenError):
+            blob.download_blob(offset=offset, length=length, raw_response_hook=take, **match)
+    return found[0]
+
+
+class _TakenError(Exception):
+    """The body was read as it came: Azure's SDK would hold it all, and begin anew if it broke."""
 
 
 @functools.singledispatch
@@ -753,28 +766,28 @@ def _(uri: S3URI, transport_params: Params = None) -> Version:
 @read_version.register
 def _(uri: GCSURI, transport_params: Params = None) -> Version:
     with explained(uri):
-        client = _gcs_client(uri, transport_params)
-        blob = client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
-        return _gcs_version(blob, transport_params)
+        blob = _gcs_blob(uri, transport_params)
+        blob.reload(timeout=_timeout(transport_params), retry=None)
+        digests = _decoded({"crc32c": blob.crc32c, "md5": blob.md5_hash})
+        return Version(blob.size, str(blob.generation), digests)
 
 
-def _gcs_version(blob: Any, transport_params: Params) -> Version:
-    blob.reload(timeout=_timeout(transport_params), retry=None)
-    digests = _decoded({"crc32c": blob.crc32c, "md5": blob.md5_hash})
-    return Version(blob.size, str(blob.generation), digests)
+def _gcs_blob(uri: GCSURI, transport_params: Params) -> Any:
+    """Name an object, and know nothing of it: else the SDK asks where the object says it is."""
+    client = _gcs_client(uri, transport_params)
+    return client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
 
 
 @read_version.register
 def _(uri: AzureURI, transport_params: Params = None) -> Version:
     with explained(uri):
-        client = _azure_client(uri, transport_params)
-        return _azure_version(client.get_blob_client(uri.container, uri.blob))
+        known = _azure_blob(uri, transport_params).get_blob_properties()
+        md5 = known.content_settings.content_md5
+        return Version(known.size, known.etag, {"md5": bytes(md5)} if md5 else {})
 
 
-def _azure_version(blob: Any) -> Version:
-    known = blob.get_blob_properties()
-    md5 = known.content_settings.content_md5
-    return Version(known.size, known.etag, {"md5": bytes(md5)} if md5 else {})
+def _azure_blob(uri: AzureURI, transport_params: Params) -> Any:
+    return _azure_client(uri, transport_params).get_blob_client(uri.container, uri.blob)
 
 
 def _http_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
@@ -783,9 +796,9 @@ def _http_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
     Repr-Digest is RFC 9530's; x-goog-hash and x-ms-blob-content-md5 are GCS's and Azure's, for
     whoever reads them by URL.
     """
-    found = re.findall(r"([\w-]+)=:([A-Za-z0-9+/=]+):", headers.get("Repr-Digest", ""))
+    found = [("md5", headers.get("x-ms-blob-content-md5", ""))]
+    found += re.findall(r"([\w-]+)=:([A-Za-z0-9+/=]+):", headers.get("Repr-Digest", ""))
     found += re.findall(r"(\w+)=([A-Za-z0-9+/=]+)", headers.get("x-goog-hash", ""))
-    found.append(("md5", headers.get("x-ms-blob-content-md5", "")))
     return _decoded({name.lower().replace("sha-", "sha"): text for name, text in found})
 
 

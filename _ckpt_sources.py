@@ -1,6 +1,6 @@
 """One object as a source of bytes: pinned to one version, read in parallel, tried again.
 
-reach · source · blocks · parallel · progress
+transport · source · blocks · parallel · progress
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ PROGRESS_DELAY_SECONDS = 1.0  # a shorter load shows no bar
 _STOP_SECONDS = 0.8  # most that is waited for what an error or interrupt stopped
 
 
-# ── reach ─────────────────────────────────────────────────────────────────────────────────────
+# ── transport ─────────────────────────────────────────────────────────────────────────────────
 
 
 @frozen
-class Reach:
+class Transport:
     """How places are reached: with what client, and how patiently. One policy for all of them."""
 
     transport_params: Params = field(default=None, repr=False)
@@ -81,8 +81,8 @@ class Reach:
 class _Attempts:
     """Counts the attempts in a row that brought nothing, and waits before the next one."""
 
-    def __init__(self, reach: Reach, stopped: threading.Event) -> None:
-        self._reach, self._stopped = reach, stopped
+    def __init__(self, transport: Transport, stopped: threading.Event) -> None:
+        self._transport, self._stopped = transport, stopped
         self._count, self._since = 0, time.monotonic()
 
     def progressed(self) -> None:
@@ -100,13 +100,13 @@ class _Attempts:
         silence = time.monotonic() - self._since
         if self._stopped.is_set():
             raise problem
-        if self._count > self._reach.retries or silence + seconds > self._reach.patience:
+        if self._count > self._transport.retries or silence + seconds > self._transport.patience:
             problem.add_note(
                 f"given up after {self._count} attempts in {silence:.0f} s that brought nothing"
                 + (f"; the server asks to wait {seconds:.0f} s" if problem.retry_after else "")
             )
             raise problem
-        count, place, what = self._reach.retries + 1, problem.place, problem.problem
+        count, place, what = self._transport.retries + 1, problem.place, problem.problem
         log.warning("attempt %d of %d at %s: %s", self._count, count, place, what)
         self._stopped.wait(seconds)
 
@@ -120,7 +120,7 @@ class Source:
 
     uri: URI
     version: Version | None = None
-    reach: Reach = field(factory=Reach, repr=False)
+    transport: Transport = field(factory=Transport, repr=False)
     moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
     stopped: threading.Event = field(factory=threading.Event, repr=False)  # by a failure elsewhere
 
@@ -155,12 +155,12 @@ class Source:
 
     def _fill(self, offset: int, make_buffers: Callable[[], Buffers]) -> Version:
         buffers = make_buffers()
-        attempts, best = _Attempts(self.reach, self.stopped), 0
+        attempts, best = _Attempts(self.transport, self.stopped), 0
         while True:
             known = buffers.filled
             start = offset + known
             try:
-                version = read_range(self.uri, start, buffers, self.version, self.reach.params)
+                version = read_range(self.uri, start, buffers, self.version, self.transport.params)
             except UnreachableError as err:
                 problem: UnreachableError = err
             else:
@@ -182,29 +182,29 @@ class Source:
                 buffers = make_buffers()
 
 
-def find_version(uri: URI, reach: Reach) -> Version:
+def find_version(uri: URI, transport: Transport) -> Version:
     """Ask a place, in one request, which object it has.
 
     Raises:
         CheckpointError: as `read_version`, after too many attempts that brought nothing.
         UnrangedError: it can tell only of what it gives whole.
     """
-    attempts = _Attempts(reach, threading.Event())
+    attempts = _Attempts(transport, threading.Event())
     while True:
         try:
-            return read_version(uri, reach.params)
+            return read_version(uri, transport.params)
         except UnreachableError as err:
             attempts.wait(err)
 
 
-def stream_whole(uri: URI, sink: BinaryIO, reach: Reach, notify: Notify) -> None:
+def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify) -> None:
     """Copy all of an object that comes in no parts to a file."""
-    attempts = _Attempts(reach, threading.Event())
+    attempts = _Attempts(transport, threading.Event())
     while True:
         sink.seek(0)
         sink.truncate()
         try:
-            for chunk in _chunks(uri, reach):
+            for chunk in _chunks(uri, transport):
                 sink.write(chunk)
                 notify(len(chunk))
         except UnreachableError as err:
@@ -213,8 +213,8 @@ def stream_whole(uri: URI, sink: BinaryIO, reach: Reach, notify: Notify) -> None
             return
 
 
-def _chunks(uri: URI, reach: Reach) -> Iterator[bytes]:
-    with explained(uri), closing(open_stream(uri, reach.params)) as stream:
+def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:
+    with explained(uri), closing(open_stream(uri, transport.params)) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
 
@@ -285,9 +285,9 @@ class _Blocks(io.RawIOBase):
         return block
 
 
-def open_source(uri: URI, reach: Reach) -> tuple[Source, BinaryIO]:
+def open_source(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
     """Ask for the first and the last block at once; they tell size and version, too."""
-    unpinned = Source(uri, None, reach)
+    unpinned = Source(uri, None, transport)
     head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
     tasks = [partial(unpinned.read, 0, [head]), partial(unpinned.read, -BLOCK_BYTES, [tail])]
     version, last = in_parallel(tasks, unpinned)

@@ -53,7 +53,7 @@ from _ckpt_archive import (
 )
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
 from _ckpt_download import (
-    Wish,
+    Transfer,
     cache_entries,
     cache_folder,
     clear_cache,
@@ -103,8 +103,8 @@ from _ckpt_sources import (
     PART_BYTES,
     RETRIES,
     Progress,
-    Reach,
     Source,
+    Transport,
     hold,
     in_parallel,
     open_source,
@@ -316,8 +316,8 @@ def load(  # noqa: PLR0913 - by keyword
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    reach = Reach(transport_params, retries, timeout, cached)
-    return _load(parse_uri(uri), strategies, trusted(trust), reach, progress).checkpoint
+    transport = Transport(transport_params, retries, timeout, cached)
+    return _load(parse_uri(uri), strategies, trusted(trust), transport, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
@@ -336,7 +336,7 @@ def _load(
     place: URI,
     strategies: Sequence[Strategy],
     trust: Trust,
-    reach: Reach,
+    transport: Transport,
     progress: Progress,
 ) -> _Loaded:
     for strategy in strategies:
@@ -347,31 +347,31 @@ def _load(
         checkpoint = _survivors(source, archive, strategies, trust, progress)
         return _Loaded(checkpoint, sum(origin.moved), origin.size)
 
-    if not reach.cached:
-        return _read(place, reach, progress, survive)
-    wish = Wish(place, reach, progress)
-    copy = download_to_cache(wish)
+    if not transport.cached:
+        return _read(place, transport, progress, survive)
+    transfer = Transfer(place, transport, progress)
+    copy = download_to_cache(transfer)
     try:
-        return _read(parse_uri(copy), reach, progress, survive)
+        return _read(parse_uri(copy), transport, progress, survive)
     except CorruptError:  # since it was downloaded
         copy.unlink()
-        return _read(parse_uri(download_to_cache(wish)), reach, progress, survive)
+        return _read(parse_uri(download_to_cache(transfer)), transport, progress, survive)
 
 
 def _read(
     place: URI,
-    reach: Reach,
+    transport: Transport,
     progress: Progress,
     use: Callable[[Source, Source, Archive], _T],
 ) -> _T:
     """Use what a place holds: given are what is stored, what to read from, and what is in it."""
     try:
-        origin, blocks = open_source(place, reach)
+        origin, blocks = open_source(place, transport)
         return use(origin, *_open_archive(place, origin, blocks, progress))
     except UnrangedError:
         whole = io.BytesIO()
         with shown(place, None, progress) as notify:
-            stream_whole(place, whole, reach, notify)
+            stream_whole(place, whole, transport, notify)
         data = whole.getbuffer()
         origin = Source(place, Version(len(data)), moved=[len(data)])
         return use(origin, *_open_archive(place, *hold(place, data), progress=False))
@@ -521,7 +521,7 @@ def peek(
         contents = look_into(archive, origin.size)
         return evolve(contents, bytes_moved=sum(origin.moved))
 
-    return _read(parse_uri(uri), Reach(transport_params, retries, timeout), None, look_in)
+    return _read(parse_uri(uri), Transport(transport_params, retries, timeout), None, look_in)
 
 
 def metadata(
@@ -548,8 +548,8 @@ def metadata(
         CheckpointNotFoundError: no such object, or no metadata in it.
         CheckpointError: as `load`.
     """
-    reach = Reach(transport_params, retries, timeout)
-    found, data = _embedded(parse_uri(uri), reach, arrays=arrays)
+    transport = Transport(transport_params, retries, timeout)
+    found, data = _embedded(parse_uri(uri), transport, arrays=arrays)
     if found is None:
         raise CheckpointNotFoundError(
             uri,
@@ -563,7 +563,7 @@ def metadata(
 
 
 def _embedded(
-    place: URI, reach: Reach, *, arrays: bool
+    place: URI, transport: Transport, *, arrays: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Read Anemoi's metadata, if there is any, and the bytes of its arrays, by their paths."""
 
@@ -578,7 +578,7 @@ def _embedded(
         storages = _fetch(source, records, progress=False)
         return found, {n: _memory(each) if each.nbytes() else b"" for n, each in storages.items()}
 
-    return _read(place, reach, None, read)
+    return _read(place, transport, None, read)
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
@@ -628,14 +628,14 @@ def download(  # noqa: PLR0913 - by keyword
     """
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
-    reach = Reach(transport_params, retries, timeout)
-    wish = Wish(parse_uri(uri), reach, progress, sha256, resume)
+    transport = Transport(transport_params, retries, timeout)
+    transfer = Transfer(parse_uri(uri), transport, progress, sha256, resume)
     if to is None:
-        return download_to_cache(wish)
+        return download_to_cache(transfer)
     target = Path(to).expanduser()
     if target.is_dir() or os.fspath(to).endswith(os.sep):
-        target /= wish.place.filename
-    download_to(target, wish)
+        target /= transfer.place.filename
+    download_to(target, transfer)
     return target
 
 
@@ -672,7 +672,7 @@ def save(
     place = parse_uri(uri)
     extra = {}
     if metadata is not None:
-        found, data = _embedded(parse_uri(metadata), Reach(transport_params), arrays=True)
+        found, data = _embedded(parse_uri(metadata), Transport(transport_params), arrays=True)
         extra = embedded(found, data) if found is not None else {}
     suffix = _compression(place)
     safetensors = place.filename.removesuffix(suffix).endswith(".safetensors")
@@ -772,8 +772,8 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     every = (begin, *strategies, end)
     if held is None:
-        reach = Reach(transport_params, retries, timeout, cached)
-        loaded = _load(place, every, trusted(trust), reach, progress)
+        transport = Transport(transport_params, retries, timeout, cached)
+        loaded = _load(place, every, trusted(trust), transport, progress)
     else:
         loaded = _Loaded(_applied(place, every, held), 0, 0)
     found: Match = loaded.checkpoint
@@ -871,8 +871,8 @@ def _run_cache(given: argparse.Namespace) -> str:
     if given.clear:
         entries = clear_cache(entries)
     lines = [
-        f"{sized(entry.size):>8}  {entry.place}{'' if entry.whole else '  (not whole)'}"
-        + ("" if given.clear else f"\n{'':>8}  {entry.path}")
+        f"{sized(entry.size):>8}  {entry.place}{'' if entry.file else '  (not whole)'}"
+        + ("" if given.clear else f"\n{'':>8}  {entry.file or entry.folder}")
         for entry in entries
     ]
     total = sized(sum(entry.size for entry in entries))
