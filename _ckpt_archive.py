@@ -56,6 +56,16 @@ class Archive:
     notes: Mapping[str, str] = field(factory=dict)  # what the file says of itself
 
 
+def what_instead(start: bytes) -> tuple[str, str] | None:
+    """Tell, from its first bytes, what came instead of a file, and what to do."""
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is an HTML or XML page", "is the URL that of the file, and not of its page?"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
+    return None
+
+
 # ── zip ────────────────────────────────────────────────────────────────────────────────────────
 #
 # A torch zip (PyTorch's "Serialization semantics" note; PKWARE's APPNOTE for the zip) stores the

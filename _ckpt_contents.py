@@ -66,7 +66,7 @@ class Contents(Table):
         facts = {tensor.name: tensor for tensor in reversed(self.tensors)}
         lines = [f"{name}  {_described(facts, name)}" for name in folded(names)]
         rows = [
-            ("checkpoint", redact(self.place)),
+            ("checkpoint", self.place),
             ("format", f"{self.format}, {sized(self.bytes)}, {_checks(self.checked)}"),
             ("written by", " · ".join(writers)),
             ("at", " · ".join(f"{what} {n}" for what, n in at.items() if n is not None)),
@@ -141,7 +141,7 @@ def look_into(archive: Archive, size: int) -> Contents:
         keys[key] += sum(archive.records[record].size for record in fresh)
     metadata = find_metadata(archive)
     return Contents(
-        place=str(archive.place),
+        place=redact(str(archive.place)),
         format=archive.format,
         bytes=size,
         checked=any(record.crc is not None for record in archive.records.values()),

@@ -25,8 +25,14 @@ import platformdirs
 from attrs import frozen
 from zlib_ng import zlib_ng
 
-from _ckpt_archive import LOCAL_SIGNATURE, find_damage
-from _ckpt_errors import ChangedError, CheckpointError, CorruptError, redact
+from _ckpt_archive import LOCAL_SIGNATURE, find_damage, what_instead
+from _ckpt_errors import (
+    ChangedError,
+    CheckpointError,
+    CorruptError,
+    NotACheckpointError,
+    redact,
+)
 from _ckpt_places import (
     CHUNK_BYTES,
     HTTPURI,
@@ -39,13 +45,13 @@ from _ckpt_places import (
     unwritten,
 )
 from _ckpt_sources import (
-    PART_BYTES,
     Progress,
     Source,
     Transport,
     find_version,
     in_parallel,
     log,
+    part_bytes,
     shown,
     stream_whole,
 )
@@ -105,6 +111,13 @@ def _local(path: Path) -> LocalURI:
 
 
 def _bring(target: Path, transfer: Transfer, version: Version | None) -> None:
+    try:
+        _bring_part(target, transfer, version)
+    except UnrangedError:  # though the place could tell of it
+        _bring_part(target, transfer, None)
+
+
+def _bring_part(target: Path, transfer: Transfer, version: Version | None) -> None:
     part = _Part(target, version)
     if not transfer.resume:
         part.remove()
@@ -121,8 +134,8 @@ def _bring(target: Path, transfer: Transfer, version: Version | None) -> None:
             raise damage[0][1]  # noqa: TRY301 - the part is removed below, as for all others
         with unwritten(_local(target)):
             part.path.replace(target)
-    except (ChangedError, CorruptError):
-        part.remove()  # of another object, or damaged where it is stored
+    except (ChangedError, CorruptError, NotACheckpointError, UnrangedError):
+        part.remove()  # it is of no use
         raise
     except BaseException as err:
         if transfer.resume and part.resumable:
@@ -141,7 +154,7 @@ def _fill(part: _Part, transfer: Transfer) -> None:
         return
     part.begin()
     source = Source(transfer.place, part.version, transfer.transport)
-    extents = list(part.missing())
+    extents = list(part.missing(part_bytes(source, source.size)))
     missing = sum(map(len, extents))
     part.require_room(missing)
     with shown(transfer.place, source.size, transfer.progress) as notify:
@@ -214,13 +227,13 @@ class _Part:
             file.truncate(self.size)
             self.journal.write_bytes(self.header + b"\n")
 
-    def missing(self) -> Iterator[range]:
-        """Give what is not there yet, in extents of one request each."""
+    def missing(self, most: int) -> Iterator[range]:
+        """Give what is not there yet, in extents of at most so many bytes."""
         chunks = self._chunks()
         start = stop = 0
         for number in range(-(-self.size // CHUNK_BYTES)):
             first, last = number * CHUNK_BYTES, min((number + 1) * CHUNK_BYTES, self.size)
-            if number in chunks or stop - start >= PART_BYTES:
+            if number in chunks or stop - start >= most:
                 if start < stop:
                     yield range(start, stop)
                 start = stop = last if number in chunks else first
@@ -282,6 +295,9 @@ def _damage(part: _Part, transfer: Transfer) -> list[tuple[range, CorruptError]]
         if not size:
             raise empty_file(transfer.place)
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        instead = what_instead(bytes(data[:64]))
+        if instead:
+            raise NotACheckpointError(transfer.place, *instead)
         if data[: len(LOCAL_SIGNATURE)] == LOCAL_SIGNATURE:
             found = find_damage(transfer.place, file, data)
             if found:

@@ -68,17 +68,26 @@ class MissingPackageError(CheckpointError, ImportError):
     """The place needs a package that is not installed."""
 
 
-_USERINFO = re.compile(r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]*://)[^/\s]*@")
-_SECRET = re.compile(
-    r"(?i)(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId"
-    r"|GoogleAccessId|Signature|sig|[\w-]*token|[\w-]*password|api_?key|AccountKey|SharedAccessSignature)=)"
-    r"[^&;\s'\"]+"
+USERINFO = re.compile(
+    r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]*://)"  # not Azure's container@account
+    r"(?:[^/\s]*|(?!arn:)[^/\s:\[]+:(?!\d*(?:/|$))\S*)@"  # a password may hold a slash
 )
+_VALUE = re.compile(
+    r"(?i)(?<![\w-])([\w.-]*(?:access_?id|auth|credential|jwt|key|passw|pwd|secret|session|sig|token)"
+    r"[\w-]*(?:=|%3D))[^&;\s'\"]+"
+)
+_HEADER = re.compile(r"(?i)(header (?:value|name):? |authorization['\"]?: *|\bBearer )(?!\*).+")
 
 
 def redact(text: str) -> str:
-    """Cut passwords in URLs, signatures, tokens and keys out of a text."""
-    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
+    """Cut out of a text what gives access: users and passwords in URLs, signatures, tokens, keys.
+
+    >>> redact("https://me:1234@host/a.ckpt?versionId=3&X-Amz-Signature=56ab")
+    'https://***@host/a.ckpt?versionId=3&X-Amz-Signature=***'
+    """
+    for pattern, hidden in ((USERINFO, r"\1***@"), (_VALUE, r"\1***"), (_HEADER, r"\1***")):
+        text = pattern.sub(hidden, text)
+    return text
 
 
 for _error in (CheckpointError, *CheckpointError.__subclasses__()):

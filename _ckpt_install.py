@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from attrs import frozen
 
-from _ckpt_errors import MismatchError, redact
+from _ckpt_errors import MismatchError
 from _ckpt_tables import Table, folded, section
 
 Shape = tuple[int, ...]
@@ -346,7 +346,7 @@ class Report(Table):
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
-        rows = [("checkpoint", redact(self.place))]
+        rows = [("checkpoint", self.place)]
         if stored:  # else it was in memory
             rows.append(("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"))
         sections: dict[str, Sequence[str]] = {

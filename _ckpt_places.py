@@ -12,6 +12,7 @@ import functools
 import http.client
 import importlib
 import io
+import json
 import os
 import re
 import time
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 from attrs import field, frozen
 
 from _ckpt_errors import (
+    USERINFO,
     AccessDeniedError,
     ChangedError,
     CheckpointError,
@@ -228,7 +230,7 @@ def _parse_http(text: str) -> URI:
 
 def _parse_s3(text: str) -> URI:
     rest, _, version = text.split("://", 1)[1].partition("?versionId=")
-    if "@" in rest.partition("/")[0]:
+    if USERINFO.match(text):
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         raise InvalidURIError(text, "has credentials in it", remedy)
     return S3URI(text, *_bucket_and_key(text, rest), version or None)
@@ -240,10 +242,13 @@ def _parse_gcs(text: str) -> URI:
 
 
 def _parse_azure(text: str) -> URI:
-    authority, slash, path = text.split("://", 1)[1].partition("/")
+    path, _, query = text.split("://", 1)[1].partition("?")
+    if "sig=" not in query:  # it is no signature, but part of the name
+        path, query = text.split("://", 1)[1], ""
+    authority, slash, path = path.partition("/")
     container, at, host = authority.partition("@")
     account = f"https://{host.replace('.dfs.', '.blob.')}" if at else None
-    return AzureURI(text, *_bucket_and_key(text, container + slash + path), account)
+    return AzureURI(text, *_bucket_and_key(text, container + slash + path), account, query or None)
 
 
 def _bucket_and_key(text: str, path: str) -> tuple[str, str]:
@@ -318,10 +323,11 @@ def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
 
 @open_stream.register
 def _(uri: S3URI, transport_params: Params = None) -> BinaryIO:
+    # not smart-open's, which goes on where it broke off, be it in another version
+    version = {"VersionId": uri.version_id} if uri.version_id else {}
     with explained(uri):
-        params = _with_client(transport_params, _s3_client(uri, transport_params))
-        s3 = imported("smart_open.s3", uri)
-        return s3.open(uri.bucket, uri.key, "rb", uri.version_id, **params)  # type: ignore[no-any-return]
+        client = _s3_client(uri, transport_params)
+        return client.get_object(Bucket=uri.bucket, Key=uri.key, **version)["Body"]  # type: ignore[no-any-return]
 
 
 @open_stream.register
@@ -656,7 +662,7 @@ def _(
             if "ContentRange" not in reply:  # some stores that speak S3 ignore Range
                 raise UnrangedError
             size = int(reply["ContentRange"].rpartition("/")[2])
-            version = pinned(uri, Version(size, reply["ETag"]), pin)
+            version = pinned(uri, Version(size, reply.get("ETag")), pin)
             _read_socket(getattr(body, "_raw_stream", body), buffers)
     return version
 
@@ -669,10 +675,10 @@ def _(
     pin: Version | None = None,
     transport_params: Params = None,
 ) -> Version:
-    with explained(uri, pin):
-        pin = pin or read_version(uri, transport_params)
-        if pin.size:
-            start = max(0, pin.size + offset) if offset < 0 else offset
+    pin = pin or read_version(uri, transport_params)
+    if pin.size:
+        start = max(0, pin.size + offset) if offset < 0 else offset
+        with explained(uri, pin):
             _gcs_blob(uri, transport_params).download_to_file(
                 buffers,
                 start=start,
@@ -702,18 +708,16 @@ def _(
         if reply.status_code not in {200, 206}:
             return  # the SDK knows its errors
         with closing(reply.internal_response) as inner:
-            total = inner.headers.get("Content-Range", "").rpartition("/")[2]
-            if not total:
-                raise UnrangedError
-            found.append(pinned(uri, Version(int(total), inner.headers["ETag"]), pin))
+            total = int(inner.headers["Content-Range"].rpartition("/")[2])
+            found.append(pinned(uri, Version(total, inner.headers["ETag"]), pin))
             _read_socket(inner.raw, buffers)
         raise _TakenError
 
+    if offset < 0:  # Azure knows no suffix ranges
+        pin = pinned(uri, read_version(uri, transport_params), pin)
+        offset = max(0, pin.size + offset)
     with explained(uri, pin):
         blob = _azure_blob(uri, transport_params)
-        if offset < 0:  # Azure knows no suffix ranges
-            pin = pinned(uri, read_version(uri, transport_params), pin)
-            offset = max(0, pin.size + offset)
         match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
         length = buffers.size - buffers.filled
         with suppress(_TakenError):
@@ -748,19 +752,13 @@ def _(uri: S3URI, transport_params: Params = None) -> Version:
         options["VersionId"] = uri.version_id
     with explained(uri):
         reply = _s3_client(uri, transport_params).head_object(**options)
-    digests = {
-        name: reply.get(f"Checksum{name.upper()}", "")
-        for name in ("sha256", "sha1", "crc32", "crc32c")
-    }
-    plain = reply.get("ServerSideEncryption") in {None, "AES256"} and (
-        "SSECustomerAlgorithm" not in reply
-    )
-    md5 = re.fullmatch(r'"([0-9a-f]{32})"', reply["ETag"]) if plain else None
-    return Version(
-        reply["ContentLength"],
-        reply["ETag"],
-        _decoded(digests) | ({"md5": bytes.fromhex(md5[1])} if md5 else {}),
-    )
+    names = ("sha256", "sha1", "crc32", "crc32c")
+    digests = _decoded({name: reply.get(f"Checksum{name.upper()}") for name in names})
+    tag = reply.get("ETag")
+    single = re.fullmatch(r'"([0-9a-f]{32})"', tag or "")
+    if single and reply.get("ServerSideEncryption", "AES256") == "AES256":  # as AWS has it
+        digests["md5"] = bytes.fromhex(single[1])
+    return Version(reply["ContentLength"], tag, digests)
 
 
 @read_version.register
@@ -849,6 +847,7 @@ _NO_CREDENTIALS = {
     "CredentialRetrievalError",
     "CredentialUnavailableError",
     "DefaultCredentialsError",
+    "InvalidOperation",  # google-auth's: to renew what is anonymous
     "NoCredentialsError",
     "PartialCredentialsError",
     "ProfileNotFound",
@@ -857,7 +856,7 @@ _NO_CREDENTIALS = {
     "UnauthorizedSSOTokenError",
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
-_NETWORK = {"azure", "botocore", "google", "http", "requests", "socket", "ssl", "urllib3"}
+_NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket", "ssl", "urllib3"}
 
 
 @contextmanager
@@ -895,7 +894,10 @@ def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
         return empty_file(uri)
     busy = status in (408, 429) or status >= 500  # noqa: PLR2004 - server errors
     package = type(err).__module__.partition(".")[0]
-    if busy or (not status and (isinstance(err, OSError | EOFError) or package in _NETWORK)):
+    lost = isinstance(err, OSError | EOFError) or package in _NETWORK
+    misused = isinstance(err, ValueError) and not isinstance(err, json.JSONDecodeError)
+    misused = misused or type(err).__name__ == "ParamValidationError"
+    if busy or (lost and not status and not misused):
         remedy = "check the host, the endpoint and the network, or try again later"
         problem = UnreachableError(uri, f"no useful answer ({said})", remedy)
         problem.retry_after = _retry_after(err)
@@ -1028,23 +1030,29 @@ def unwritten(uri: LocalURI) -> Iterator[None]:
 
 @open_writer.register
 def _(uri: S3URI, transport_params: Params = None) -> _Writer:
-    params = _with_client(transport_params, _s3_client(uri, transport_params))
-    s3 = imported("smart_open.s3", uri)
-    return _committed(uri, uri.version_id, lambda: s3.open(uri.bucket, uri.key, "wb", **params))
+    def opened() -> Any:
+        params = _with_client(transport_params, _s3_client(uri, transport_params))
+        return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
+
+    return _committed(uri, uri.version_id, opened)
 
 
 @open_writer.register
 def _(uri: GCSURI, transport_params: Params = None) -> _Writer:
-    params = _with_client(transport_params, _gcs_client(uri, transport_params))
-    gcs = imported("smart_open.gcs", uri)
-    return _committed(uri, uri.generation, lambda: gcs.open(uri.bucket, uri.name, "wb", **params))
+    def opened() -> Any:
+        params = _with_client(transport_params, _gcs_client(uri, transport_params))
+        return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "wb", **params)
+
+    return _committed(uri, uri.generation, opened)
 
 
 @open_writer.register
 def _(uri: AzureURI, transport_params: Params = None) -> _Writer:
-    params = _with_client(transport_params, _azure_client(uri, transport_params))
-    azure = imported("smart_open.azure", uri)
-    return _committed(uri, None, lambda: azure.open(uri.container, uri.blob, "wb", **params))
+    def opened() -> Any:
+        params = _with_client(transport_params, _azure_client(uri, transport_params))
+        return imported("smart_open.azure", uri).open(uri.container, uri.blob, "wb", **params)
+
+    return _committed(uri, None, opened)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from _ckpt_places import (
     Buffers,
     Notify,
     Params,
+    UnrangedError,
     Version,
     empty_file,
     explained,
@@ -213,6 +214,21 @@ def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify)
             return
 
 
+def stream_pinned(uri: URI, sink: Any, transport: Transport) -> None:
+    """Copy all of one version of an object to what can only be written on."""
+    try:
+        version = find_version(uri, transport)
+        source = Source(uri, version, transport)
+        room = memoryview(bytearray(min(PART_BYTES, version.size)))
+        for start in range(0, version.size, PART_BYTES):
+            part = room[: version.size - start]
+            source.read(start, [part])
+            sink.write(part)
+    except UnrangedError:  # told before the first byte
+        for chunk in _chunks(uri, transport):
+            sink.write(chunk)
+
+
 def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:
     with explained(uri), closing(open_stream(uri, transport.params)) as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -226,7 +242,12 @@ def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:
 class _HeldURI(URI):
     """A place in memory: an object that had to be taken whole."""
 
+    origin: URI
     data: memoryview = field(repr=False, eq=False)
+
+    @property
+    def filename(self) -> str:
+        return self.origin.filename
 
 
 @read_range.register
@@ -306,7 +327,7 @@ def hold(uri: URI, data: bytes | bytearray | memoryview) -> tuple[Source, Binary
     if not data:
         raise empty_file(uri)
     view = memoryview(data)
-    source = Source(_HeldURI(uri.text, view), Version(len(view)))
+    source = Source(_HeldURI(uri.text, uri, view), Version(len(view)))
     return source, cast("BinaryIO", _Blocks(source, {0: view}))
 
 
@@ -356,7 +377,9 @@ def in_parallel(tasks: Sequence[Callable[[], _T]], source: Source) -> list[_T]:
     except BaseException:
         source.stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        _stop(futures, at_work)
+        running = [future for future in futures if not future.cancelled()]
+        _stop(running, at_work)
+        pool.shutdown(wait=all(future.done() for future in running))
         raise
     pool.shutdown()
     return [future.result() for future in futures]

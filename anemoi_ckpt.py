@@ -22,13 +22,12 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -50,6 +49,7 @@ from _ckpt_archive import (
     read_zip,
     unpacked,
     unreadable,
+    what_instead,
 )
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
 from _ckpt_download import (
@@ -88,7 +88,6 @@ from _ckpt_places import (
     Params,
     UnrangedError,
     Version,
-    explained,
     imported,
     links,
     open_stream,
@@ -100,7 +99,6 @@ from _ckpt_places import (
 )
 from _ckpt_sources import (
     BLOCK_BYTES,
-    PART_BYTES,
     RETRIES,
     Progress,
     Source,
@@ -111,6 +109,7 @@ from _ckpt_sources import (
     part_bytes,
     read_whole,
     shown,
+    stream_pinned,
     stream_whole,
 )
 from _ckpt_tables import sized
@@ -397,7 +396,8 @@ def _open_archive(
     if start.startswith(b"\x80"):  # a pickle's first byte
         buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # raw, and typed as what zipfile takes
         return source, read_legacy(place, buffered, source.size)
-    raise NotACheckpointError(place, *_looks_like(start))
+    begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
+    raise NotACheckpointError(place, *(what_instead(start) or begins))
 
 
 def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
@@ -471,16 +471,6 @@ def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
         raise CorruptError(
             uri, f"it cannot be decompressed as {suffix} ({err!r})", "was its upload complete?"
         ) from err
-
-
-def _looks_like(start: bytes) -> tuple[str, str]:
-    """Tell problem and remedy from the first bytes of what is no checkpoint."""
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is an HTML or XML page", "is the URL that of the file, and not of its page?"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
-    return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"
 
 
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
@@ -780,7 +770,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     restored = install(model, found, receivers)
     absent = {*found.missing, *found.mismatched}
     return Report(
-        place=place.text,
+        place=redact(place.text),
         loaded=tuple(name for name in model.state_dict() if name not in absent),
         missing=found.missing,
         unexpected=found.unexpected,
@@ -861,8 +851,8 @@ def _run_copy(given: argparse.Namespace) -> str:
     elif isinstance(to, LocalURI):
         download(place, to.path)
     else:
-        with open_writer(to) as stream, closing(open_stream(place)) as source, explained(place):
-            shutil.copyfileobj(source, stream, PART_BYTES)
+        with open_writer(to) as stream:
+            stream_pinned(place, stream, Transport())
     return f"{redact(str(to))}\n"
 
 

@@ -229,6 +229,17 @@ def make_checkpoint(path: Path, size: float) -> None:
     torch.save(checkpoint, path)
 
 
+def made_checkpoint(size: float) -> Path:
+    """Give the path of such a checkpoint, `FOLDER/bench/last.ckpt`; it is kept for the next run."""
+    folder = Path(tempfile.gettempdir()) / f"anemoi-ckpt-benchmark-{size:.0f}"
+    path = folder / "bench" / "last.ckpt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_checkpoint(path.with_suffix(".part"), size)
+        path.with_suffix(".part").rename(path)  # whole, or not there
+    return path
+
+
 class Bench:
     """The server, the file, and the lines of the report."""
 
@@ -317,12 +328,20 @@ class Bench:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Run the server in a process of its own."""
+    """Run the server in a process of its own, and let S3 be there."""
     command = [sys.executable, str(ROOT / "benchmarks" / "server.py"), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
-            yield process.stdout.readline().strip()
+            url = process.stdout.readline().strip()
+            os.environ |= {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ACCESS_KEY_ID": "bench",
+                "AWS_SECRET_ACCESS_KEY": "bench",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+            yield url
         finally:
             process.kill()
 
@@ -338,20 +357,8 @@ def main() -> None:
     if options.child:
         child(*options.child)
         return
-    folder = Path(tempfile.gettempdir()) / f"anemoi-ckpt-benchmark-{options.size:.0f}"
-    path = folder / "bench" / "last.ckpt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_checkpoint(path.with_suffix(".part"), options.size)
-        path.with_suffix(".part").rename(path)  # whole, or not there
-    with serving(folder) as url:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "bench",
-            "AWS_SECRET_ACCESS_KEY": "bench",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+    path = made_checkpoint(options.size)
+    with serving(path.parent.parent) as url:
         bench = Bench(url, path, options.rounds)
         bench.say(f"A checkpoint of {bench.size / 1e9:.2f} GB, {os.cpu_count()} cores.")
         compare, more = bench.compare, options.rounds

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,15 @@ def test_many_processes_ask_and_one_downloads(http_server) -> None:
     paths = {process.communicate()[0] for process in processes}
     assert len(paths) == 1
     assert Path(paths.pop().strip()).read_bytes() == DATA
+    assert http_server.bytes_sent < len(DATA) + 100
+
+
+def test_who_waits_finds_what_the_other_brought(http_server) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    http_server.fault = lambda request: servers.Fault(rate=20_000_000)
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(download, [uri, uri]))
+    assert len(paths) == 1
     assert http_server.bytes_sent < len(DATA) + 100
 
 

@@ -15,6 +15,7 @@ import torch
 
 import _ckpt_sources
 import anemoi_ckpt
+import servers
 from _ckpt_tables import sized
 from anemoi_ckpt import (
     CheckpointError,
@@ -413,6 +414,21 @@ def test_copying_to_all_places(place: Any, tmp_path: Path, capsys: Any) -> None:
     assert main(["copy", str(tmp_path / "a.ckpt"), uri]) == 0
     assert main(["copy", uri, str(tmp_path / "c.ckpt")]) == 0
     assert (tmp_path / "c.ckpt").read_bytes() == data
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_copying_from_one_place_to_another(
+    http_server: servers.HTTPServer, s3: servers.Store, ranged: bool
+) -> None:
+    data = as_bytes(training())
+    uri = http_server.put("a.ckpt", data)
+    if ranged:  # gone on with, where it broke off
+        http_server.faults.append(None)
+        http_server.faults.append(servers.Fault(cut=100))
+    else:
+        http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    assert main(["copy", uri, s3.uri("copied.ckpt")]) == 0
+    assert s3.sdk.get_object(Bucket=servers.BUCKET, Key="copied.ckpt")["Body"].read() == data
 
 
 def test_errors_of_the_command_line_are_one_line(

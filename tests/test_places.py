@@ -186,6 +186,29 @@ def test_no_secret_shows_in_a_log_or_a_cause(
     assert not any("hunter2" in r.getMessage() for r in caplog.records if "anemoi" in r.name)
 
 
+def test_what_a_client_refuses_to_ask_is_not_asked_again(s3: servers.Store) -> None:
+    with pytest.raises(CheckpointError, match="Invalid bucket name") as caught:
+        load("s3://no bucket/a.ckpt")
+    assert not isinstance(caught.value, UnreachableError)
+    assert s3.server.log == []
+
+
+def test_keys_in_an_s3_uri() -> None:
+    for text in ("s3://AKIA:abc@bucket/key", "s3://AKIA:ab/c+d@bucket/key"):
+        with pytest.raises(InvalidURIError, match="has credentials in it") as caught:
+            parse_uri(text)
+        assert "ab" not in str(caught.value).replace("AKIA", "")
+    assert parse_uri("s3://bucket/a:b@c").key == "a:b@c"
+    arn = "arn:aws:s3:eu-west-1:123456789012:accesspoint/mine"
+    assert parse_uri(f"s3://{arn}/a@b").text.endswith("/a@b")
+
+
+def test_a_garbled_answer_is_asked_for_again(gcs: servers.Store) -> None:
+    gcs.write("a.ckpt", as_bytes({"a": 1}))
+    gcs.server.faults.append(servers.Fault(body=b"{"))
+    assert load(gcs.uri("a.ckpt")) == {"a": 1}
+
+
 # ── streams and ranges ────────────────────────────────────────────────────────────────────────
 
 DATA = bytes(range(256)) * 300
@@ -737,6 +760,8 @@ def test_a_version_of_an_object_in_s3(s3) -> None:
     assert load(f"s3://versioned/a.ckpt?versionId={first}") == {"a": 1}
     with contextlib.closing(open_stream(f"s3://versioned/a.ckpt?versionId={first}")) as stream:
         assert stream.read() == as_bytes({"a": 1})
+    uri = parse_uri(f"s3://versioned/a.ckpt?versionId={first}")
+    assert _ckpt_places.read_version(uri).size == len(as_bytes({"a": 1}))
 
 
 def test_a_generation_of_an_object_in_gcs(gcs) -> None:
