@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import shutil
+import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 
 import filelock
 import platformdirs
-from attrs import frozen
+from attrs import field, frozen
 from zlib_ng import zlib_ng
 
 from _ckpt_archive import LOCAL_SIGNATURE, find_damage, what_instead
@@ -170,6 +171,8 @@ def _fetch(source: Source, part: _Part, extent: range, notify: Notify) -> None:
 
 # ── part ──────────────────────────────────────────────────────────────────────────────────────
 
+_WRITE_BYTES = 128 * 1024  # more takes large pages, which a virtual machine's host gives slowly
+
 
 @frozen
 class _Part:
@@ -182,6 +185,7 @@ class _Part:
 
     target: Path
     version: Version | None
+    lock: threading.Lock = field(factory=threading.Lock, repr=False)  # else who waits, spins
 
     @property
     def path(self) -> Path:
@@ -248,9 +252,11 @@ class _Part:
         for start in range(extent.start, extent.stop, CHUNK_BYTES):
             view = room[: min(CHUNK_BYTES, extent.stop - start)]
             yield view
-            with unwritten(_local(self.target)):
+            with unwritten(_local(self.target)), self.lock:
                 file.seek(start)
-                file.write(view)
+                file.writelines(
+                    view[at : at + _WRITE_BYTES] for at in range(0, len(view), _WRITE_BYTES)
+                )
                 file.flush()
                 journal.write(b"%d\n" % (start // CHUNK_BYTES))
 

@@ -70,7 +70,7 @@ class MissingPackageError(CheckpointError, ImportError):
 
 USERINFO = re.compile(
     r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]*://)"  # not Azure's container@account
-    r"(?:[^/\s]*|(?!arn:)[^/\s:\[]+:(?!\d*(?:/|$))\S*)@"  # a password may hold a slash
+    r"(?:[^/\s]*|(?!arn:)[^/\s:\[]+:(?!\d*(?:[/?#]|$))\S*)@"  # a password may hold a slash
 )
 _VALUE = re.compile(
     r"(?i)(?<![\w-])([\w.-]*(?:access_?id|auth|credential|jwt|key|passw|pwd|secret|session|sig|token)"

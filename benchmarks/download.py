@@ -4,9 +4,8 @@
 
 Downloads the checkpoint of `benchmarks/load.py` from the same server with each competitor in a
 fresh process, in turn. Seconds are the best of the rounds, without imports, and ours with all its
-checks. Before each run the disk is done writing, and memory for the file was used and freed: a
-virtual machine's host may take a second to give it, to whoever happens to come first. All must
-bring the same bytes.
+checks. Right before each run the disk is done writing, and memory for the file was used and freed:
+a virtual machine's host may take seconds to give it. All must bring the same bytes.
 """
 
 import argparse
@@ -67,11 +66,12 @@ COMPETITORS: dict[str, tuple[tuple[str, ...], Callable[[str], None]]] = {
 }
 
 
-def child(name: str, target: str) -> None:
+def child(name: str, target: str, size: str) -> None:
     """Download once, and print what it took."""
     modules, function = COMPETITORS[name]
     for module in modules:
         importlib.import_module(module)
+    subprocess.run([sys.executable, "-c", f"b'1' * {2 * int(size)}"], check=True)
     begin = time.perf_counter()
     function(target)
     print(time.perf_counter() - begin)
@@ -84,8 +84,7 @@ def run(name: str, target: Path, size: int) -> float:
     """Run a competitor in a fresh process, on a machine that is as it was for the one before."""
     target.unlink(missing_ok=True)
     os.sync()
-    subprocess.run([sys.executable, "-c", f"b'1' * {2 * size}"], check=True)
-    command = [sys.executable, __file__, "--child", name, str(target)]
+    command = [sys.executable, __file__, "--child", name, str(target), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -104,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=float, default=1.6e9, help="of the checkpoint, in bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
