@@ -86,16 +86,20 @@ class _Attempts:
         self._transport, self._stopped = transport, stopped
         self._count, self._since = 0, time.monotonic()
 
-    def progressed(self) -> None:
-        self._count, self._since = 0, time.monotonic()
-
-    def wait(self, problem: UnreachableError) -> None:
+    def wait(self, problem: UnreachableError, *, progressed: bool = False) -> None:
         """Wait twice as long as before, or as long as the server asks for; or give up.
+
+        Args:
+            problem: what went wrong.
+            progressed: whether something came before it did: then that was no lost attempt.
 
         Raises:
             UnreachableError: the problem, after too many attempts, or too long.
         """
-        self._count += 1
+        if progressed:
+            self._count, self._since = 0, time.monotonic()
+        else:
+            self._count += 1
         jitter = random.uniform(0.5, 1)  # noqa: S311 - so that ranks do not return all at once
         seconds = max(problem.retry_after, jitter * BACKOFF_SECONDS * 2 ** (self._count - 1))
         silence = time.monotonic() - self._since
@@ -107,8 +111,11 @@ class _Attempts:
                 + (f"; the server asks to wait {seconds:.0f} s" if problem.retry_after else "")
             )
             raise problem
-        count, place, what = self._transport.retries + 1, problem.place, problem.problem
-        log.warning("attempt %d of %d at %s: %s", self._count, count, place, what)
+        if progressed:
+            log.info("goes on at %s: %s", problem.place, problem.problem)
+        else:
+            tries = f"attempt {self._count} of {self._transport.retries + 1}"
+            log.warning("%s at %s: %s", tries, problem.place, problem.problem)
         self._stopped.wait(seconds)
 
 
@@ -175,10 +182,8 @@ class Source:
                 )
             finally:
                 self.moved.append(buffers.filled - known)
-            if buffers.filled > best:
-                attempts.progressed()
-                best = buffers.filled
-            attempts.wait(problem)
+            attempts.wait(problem, progressed=buffers.filled > best)
+            best = max(best, buffers.filled)
             if self.version is None:  # what came may be another object's than what is to come
                 buffers = make_buffers()
 
