@@ -3,6 +3,7 @@
 import contextlib
 import email.utils
 import io
+import json
 import logging
 import os
 import pickle
@@ -37,11 +38,13 @@ from anemoi_ckpt import (
     NotACheckpointError,
     UnreachableError,
     Version,
+    download,
     load,
     open_stream,
     parse_uri,
     read_range,
     register_scheme,
+    save,
 )
 from checkpoints import as_bytes, assert_same
 
@@ -207,6 +210,47 @@ def test_a_garbled_answer_is_asked_for_again(gcs: servers.Store) -> None:
     gcs.write("a.ckpt", as_bytes({"a": 1}))
     gcs.server.faults.append(servers.Fault(body=b"{"))
     assert load(gcs.uri("a.ckpt")) == {"a": 1}
+
+
+def test_a_snapshot_of_a_blob(azure: servers.Store, tmp_path: Path) -> None:
+    before, after = as_bytes({"a": 1}), as_bytes({"a": 2})
+    azure.write("a.ckpt", before)
+    blob = azure.sdk.get_blob_client(servers.BUCKET, "a.ckpt")
+    uri = f"{azure.uri('a.ckpt')}?snapshot={blob.create_snapshot()['snapshot']}"
+    azure.write("a.ckpt", after)
+    assert load(uri) == {"a": 1}
+    assert download(uri, tmp_path / "a.ckpt").read_bytes() == before
+    with contextlib.closing(open_stream(uri)) as stream:
+        assert stream.read() == before
+    assert load(azure.uri("a.ckpt")) == {"a": 2}
+    with pytest.raises(InvalidURIError, match="names a version"):
+        save({}, uri)
+
+
+def test_what_follows_a_blobs_name() -> None:
+    url = "https://a.blob.core.windows.net/c/b"
+    given = parse_uri(f"{url}?snapshot=2026-11-24T00%3A00&sv=1&sig=ab%2B")
+    assert (given.sas, given.snapshot, given.version_id) == (
+        "sv=1&sig=ab%2B",
+        "2026-11-24T00:00",
+        None,
+    )
+    given = parse_uri(f"{url}?versionid=2026")
+    assert (given.sas, given.snapshot, given.version_id) == (None, None, "2026")
+    assert parse_uri("az://c/what?.ckpt").blob == "what?.ckpt"
+    given = parse_uri("az://c/b?sv=1&sig=ab")
+    assert (given.blob, given.sas) == ("b", "sv=1&sig=ab")
+
+
+def test_credentials_of_google_without_a_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = dict.fromkeys(("client_id", "client_secret", "refresh_token"), "x")
+    (tmp_path / "user.json").write_text(json.dumps({"type": "authorized_user", **user}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "user.json"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no gcloud to ask, either
+    client = _ckpt_places._gcs_client(parse_uri("gs://bucket/a.ckpt"), None)
+    assert client._credentials.refresh_token == "x"
 
 
 # ── streams and ranges ────────────────────────────────────────────────────────────────────────
