@@ -68,13 +68,14 @@ class MissingPackageError(CheckpointError, ImportError):
     """The place needs a package that is not installed."""
 
 
+# Bounded: what is looked through may be what a hostile file says.
 USERINFO = re.compile(
-    r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]*://)"  # not Azure's container@account
-    r"(?:[^/\s]*|(?!arn:)[^/\s:\[]+:(?!\d*(?:[/?#]|$))\S*)@"  # a password may hold a slash
+    r"(?i)\b(?!abfss?:|wasbs?:)([a-z][a-z0-9+.-]{0,20}://)"  # not Azure's container@account
+    r"(?:[^/\s]{0,999}|(?!arn:)[^/\s:\[]{1,999}:(?!\d*(?:[/?#]|$))\S{0,999})@"  # or with a slash
 )
 _VALUE = re.compile(
-    r"(?i)(?<![\w-])([\w.-]*(?:access_?id|auth|credential|jwt|key|passw|pwd|secret|session|sig|token)"
-    r"[\w-]*(?:=|%3D))[^&;\s'\"]+"
+    r"(?i)(?<![\w-])([\w.-]{0,40}(?:access_?id|auth|credential|jwt|key|passw|pwd|secret|session|sig"
+    r"|token)[\w-]{0,40}(?:=|%3D))[^&;\s'\"]+"
 )
 _HEADER = re.compile(r"(?i)(header (?:value|name):? |authorization['\"]?: *|\bBearer )(?!\*).+")
 

@@ -21,6 +21,7 @@ from torch import nn
 import _ckpt_download
 import _ckpt_sources
 import servers
+from _ckpt_errors import redact
 from anemoi_ckpt import (
     CheckpointError,
     InvalidURIError,
@@ -253,6 +254,14 @@ def test_a_secret_is_shown_nowhere(  # noqa: PLR0913, PLR0917 - fixtures
     for text in shown:
         found = SHOWN.search(text)
         assert found is None, text[max(0, found.start() - 300) :][:400]
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "part", ["key", "key.", "a.", "a://", "a://b:c", "http://a:b", "sig-", ":"]
+)
+def test_what_a_hostile_file_says_is_looked_through_at_once(part: str) -> None:
+    assert redact(part * 100_000) == part * 100_000
 
 
 # ── redirects ─────────────────────────────────────────────────────────────────────────────────
