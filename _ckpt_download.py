@@ -84,12 +84,9 @@ def download_to(target: Path, transfer: Transfer) -> None:
 def _find_version(transfer: Transfer) -> Version | None:
     """Ask which object there is; None where a place gives all of it, or nothing."""
     try:
-        version = find_version(transfer.place, transfer.transport)
+        return find_version(transfer.place, transfer.transport)
     except UnrangedError:
         return None
-    if not version.size:
-        raise empty_file(transfer.place)
-    return version
 
 
 @contextmanager

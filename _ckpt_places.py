@@ -61,6 +61,7 @@ class URI:
 
     connections: ClassVar[int] = CONNECTIONS
     path_field: ClassVar[str] = "text"  # which field ends with the file's name
+    asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
 
@@ -126,6 +127,7 @@ class GCSURI(URI):
     generation: int | None = None
 
     path_field: ClassVar[str] = "name"
+    asked_first: ClassVar[bool] = True
     extra: ClassVar[str | None] = "gcs"
     credentials: ClassVar[str] = (
         "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS, "
@@ -148,6 +150,7 @@ class AzureURI(URI):
     version_id: str | None = None
 
     path_field: ClassVar[str] = "blob"
+    asked_first: ClassVar[bool] = True
     extra: ClassVar[str | None] = "azure"
     credentials: ClassVar[str] = (
         "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or "
@@ -729,7 +732,7 @@ def _(
         raise _TakenError
 
     if offset < 0:  # Azure knows no suffix ranges
-        pin = pinned(uri, read_version(uri, transport_params), pin)
+        pin = pin or read_version(uri, transport_params)
         offset = max(0, pin.size + offset)
     with explained(uri, pin):
         blob = _azure_blob(uri, transport_params)

@@ -192,15 +192,20 @@ def find_version(uri: URI, transport: Transport) -> Version:
     """Ask a place, in one request, which object it has.
 
     Raises:
-        CheckpointError: as `read_version`, after too many attempts that brought nothing.
+        CheckpointError: as `read_version`, after too many attempts that brought nothing; or it is
+            empty.
         UnrangedError: it can tell only of what it gives whole.
     """
     attempts = _Attempts(transport, threading.Event())
     while True:
         try:
-            return read_version(uri, transport.params)
+            version = read_version(uri, transport.params)
         except UnreachableError as err:
             attempts.wait(err)
+        else:
+            if not version.size:
+                raise empty_file(uri)
+            return version
 
 
 def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify) -> None:
@@ -313,17 +318,18 @@ class _Blocks(io.RawIOBase):
 
 def open_source(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
     """Ask for the first and the last block at once; they tell size and version, too."""
-    unpinned = Source(uri, None, transport)
+    known = find_version(uri, transport) if uri.asked_first else None
+    source = Source(uri, known, transport)
     head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-    tasks = [partial(unpinned.read, 0, [head]), partial(unpinned.read, -BLOCK_BYTES, [tail])]
-    version, last = in_parallel(tasks, unpinned)
+    tasks = [partial(source.read, 0, [head]), partial(source.read, -BLOCK_BYTES, [tail])]
+    version, last = in_parallel(tasks, source)
     pinned(uri, last, version)
     if not version.size:
         raise empty_file(uri)
     blocks = {0: memoryview(head)[: version.size]}
     if version.size > BLOCK_BYTES:  # else the first block is all there is
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
-    source = evolve(unpinned, version=version)
+    source = evolve(source, version=version)
     return source, cast("BinaryIO", _Blocks(source, blocks))
 
 
