@@ -501,6 +501,12 @@ def _azure_identity() -> Any:
         return None  # then only a public container will answer
 
 
+def forget_clients() -> None:
+    """Have the next call look for credentials anew: what there was, was not enough."""
+    for make in (_make_s3_client, _make_gcs_client, _make_azure_client):
+        make.cache_clear()
+
+
 # ── ranges ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -893,9 +899,8 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         if isinstance(uri, LocalURI) and isinstance(err, OSError):
             raise _explain_local(uri, err) from err
         problem = _explain(uri, err, pin)
-        if isinstance(problem, AccessDeniedError):  # the next call looks for credentials anew
-            for make in (_make_s3_client, _make_gcs_client, _make_azure_client):
-                make.cache_clear()
+        if isinstance(problem, AccessDeniedError):
+            forget_clients()
         raise problem from _without_secrets(err)
 
 

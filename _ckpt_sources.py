@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from attrs import evolve, field, frozen
 
-from _ckpt_errors import UnreachableError
+from _ckpt_errors import AccessDeniedError, UnreachableError
 from _ckpt_places import (
     CHUNK_BYTES,
     LONG_PART_BYTES,
@@ -34,6 +34,7 @@ from _ckpt_places import (
     Version,
     empty_file,
     explained,
+    forget_clients,
     open_stream,
     pinned,
     read_range,
@@ -385,12 +386,14 @@ def in_parallel(tasks: Sequence[Callable[[], _T]], source: Source) -> list[_T]:
     try:
         for future in as_completed(futures):
             future.result()
-    except BaseException:
+    except BaseException as err:
         source.stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         running = [future for future in futures if not future.cancelled()]
         _stop(running, at_work)
         pool.shutdown(wait=all(future.done() for future in running))
+        if isinstance(err, AccessDeniedError):
+            forget_clients()  # what was stopped may have made one since
         raise
     pool.shutdown()
     return [future.result() for future in futures]
