@@ -282,6 +282,13 @@ def test_a_range_fills_buffers_with_what_is_there(place, offset: int, length: in
     assert (first + second)[: len(expected)] == expected
 
 
+def test_a_range_of_an_empty_object_in_gcs_is_empty(gcs: servers.Store) -> None:
+    gcs.write("empty.bin", b"")
+    buffer = bytearray(b"unchanged")
+    assert read_range(parse_uri(gcs.uri("empty.bin")), 0, Buffers(buffer)).size == 0
+    assert buffer == b"unchanged"
+
+
 def test_a_place_of_ones_own_has_ranges_by_seeking(monkeypatch) -> None:
     class SeekableURI(URI):
         """Has a stream, and no handler of ranges."""
