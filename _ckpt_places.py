@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar, cast
 
-from attrs import field, frozen
+from attrs import evolve, field, fields, frozen
 
 from _ckpt_errors import (
     USERINFO,
@@ -61,6 +61,7 @@ class URI:
 
     connections: ClassVar[int] = CONNECTIONS
     path_field: ClassVar[str] = "text"  # which field ends with the file's name
+    is_url: ClassVar[bool] = False  # whether that is percent-encoded, and has a query
     asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
@@ -90,6 +91,8 @@ class LocalURI(URI):
 class HTTPURI(URI):
     """A URL, as RFC 9110 has it; its query (a signature, say) is kept as it is."""
 
+    is_url: ClassVar[bool] = True
+    conditional: ClassVar[bool] = True  # whether If-Match is looked at by who gives the file
     extra: ClassVar[str | None] = "http"
     credentials: ClassVar[str] = (
         "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
@@ -97,9 +100,19 @@ class HTTPURI(URI):
     )
 
     @property
+    def url(self) -> str:
+        """What to ask for."""
+        return self.text
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What to ask with, beside the caller's own."""
+        return {}
+
+    @property
     def filename(self) -> str:
         """The last part of its path."""
-        return urllib.parse.unquote(urllib.parse.urlsplit(self.text).path).rpartition("/")[2]
+        return urllib.parse.unquote(urllib.parse.urlsplit(self.url).path).rpartition("/")[2]
 
 
 @frozen
@@ -158,7 +171,9 @@ class AzureURI(URI):
     )
 
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+_SCHEME = re.compile(  # MLflow's own have one slash
+    r"(runs|models|mlflow-artifacts|[A-Za-z][A-Za-z0-9+.-]+(?=://)):/.*", re.DOTALL
+)
 _AZURE_HOST = re.compile(  # Microsoft's own clouds: others get no credentials of the environment
     r"[\w-]+\.(?:blob|dfs)\.core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)", re.ASCII
 )
@@ -293,6 +308,36 @@ _PARSERS: dict[str, Callable[[str], URI]] = {
 }
 
 
+def sibling(uri: URI, name: str) -> URI:
+    """Name another file beside one: as it is now, with the same credentials."""
+
+    def beside(value: str) -> str:
+        path, mark, query = value.partition("?") if uri.is_url else (value, "", "")
+        folder = path[: len(path) - len(path.rpartition("/")[2])]
+        return folder + (urllib.parse.quote(name) if uri.is_url else name) + mark + query
+
+    known = {each.name for each in fields(type(uri))}
+    changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
+    changes |= {each: beside(getattr(uri, each)) for each in ("text", uri.path_field)}
+    return evolve(uri, **changes)
+
+
+@functools.singledispatch
+def resolve(uri: URI, transport_params: Params = None) -> URI:  # noqa: ARG001 - for handlers
+    """Tell where a place's bytes are: a place that knows of other places is asked, once a load.
+
+    What it gives keeps the text that the user wrote.
+
+    Args:
+        uri: the place.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: as `open_stream`.
+    """
+    return uri
+
+
 # ── streams ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -331,8 +376,9 @@ def _(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
             "session": _http_session(uri),
             "timeout": TIMEOUT_SECONDS,
             **(transport_params or {}),
+            "headers": _http_headers(uri, transport_params),
         }
-        stream = reader.open(uri.text, "rb", **params)
+        stream = reader.open(uri.url, "rb", **params)
         stream.response.raw.decode_content = True  # some servers compress though nobody asked
         return stream  # type: ignore[no-any-return]
 
@@ -388,6 +434,39 @@ def _make_http_session(requests: ModuleType, _pid: int) -> Any:
     session.mount("https://", adapter)
     session.mount("http://", adapter)
     return session
+
+
+def _http_headers(uri: HTTPURI, params: Params) -> dict[str, str]:
+    """Give what to ask with: a caller's own headers come last, and win."""
+    given = (params or {}).get("headers") or {}
+    names = {name.lower() for name in given}
+    known = {"Accept-Encoding": "identity", **uri.headers}  # ranges count the bytes that are stored
+    return {**{k: v for k, v in known.items() if k.lower() not in names}, **given}
+
+
+def http_request(
+    method: str, uri: HTTPURI, params: Params, headers: Mapping[str, str] | None = None
+) -> Any:
+    """Send a request, and give the reply before its body is read.
+
+    A redirect is followed to the end for GET alone: a URL signed for GET may refuse HEAD.
+    """
+    given = params or {}
+    sent = {**_http_headers(uri, params), **(headers or {})}
+    options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
+    if "authorization" in map(str.lower, sent):
+        options["auth"] = _as_it_is  # else ~/.netrc would win
+    if "user" in given:
+        options["auth"] = (given["user"], given.get("password", ""))
+    session = given.get("session") or _http_session(uri)
+    return session.request(
+        method, uri.url, timeout=_timeout(params), allow_redirects=method == "GET", **options
+    )
+
+
+def _as_it_is(request: Any) -> Any:
+    """Authorize a request no further."""
+    return request
 
 
 def _timeout(params: Params) -> float:
@@ -524,6 +603,7 @@ class Buffers:
 
     Knows how far it is, so that a read that broke off goes on with the first byte it missed.
 
+    >>> import io
     >>> first, second = bytearray(2), bytearray(3)
     >>> Buffers(first, second).readfrom(io.BytesIO(b"hello"))
     >>> first, second
@@ -638,28 +718,17 @@ def _(
     pin: Version | None = None,
     transport_params: Params = None,
 ) -> Version:
-    params = transport_params or {}
-    headers = {
-        "Accept-Encoding": "identity",  # ranges count the bytes that are stored
-        **(params.get("headers") or {}),
-        "Range": _range(offset, buffers),
-    }
-    if pin and pin.tag and pin.tag.startswith('"'):  # RFC 9110 13.1.1: strong ETags alone
-        headers["If-Match"] = pin.tag
-    options: dict[str, Any] = {"headers": headers, "stream": True, "cert": params.get("cert")}
-    options["timeout"] = _timeout(params)
-    if "authorization" in map(str.lower, headers):
-        options["auth"] = _as_it_is  # else ~/.netrc would win
-    if "user" in params:
-        options["auth"] = (params["user"], params.get("password", ""))
-    session = params.get("session") or _http_session(uri)
-    with explained(uri, pin), session.get(uri.text, **options) as reply:
+    headers = {"Range": _range(offset, buffers)}
+    tag = pin.tag or "" if pin else ""
+    if tag.startswith('"') and uri.conditional:  # RFC 9110 13.1.1: strong ETags alone
+        headers["If-Match"] = tag
+    with explained(uri, pin), http_request("GET", uri, transport_params, headers) as reply:
         reply.raise_for_status()
         extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
         if reply.status_code != 206 or not extent or reply.headers.get("Content-Encoding"):  # noqa: PLR2004 - partial content
             raise UnrangedError
         tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        version = Version(int(extent[2]), tag, _http_digests(reply.headers))
+        version = Version(int(extent[2]), tag, _http_digests(reply))
         pinned(uri, version, pin)
         if offset >= 0 and int(extent[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for
@@ -815,16 +884,22 @@ def _azure_blob(uri: AzureURI, transport_params: Params) -> Any:
     )
 
 
-def _http_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
+def _http_digests(reply: Any) -> dict[str, bytes]:
     """Read the digests of the whole that come with a part of it.
 
     Repr-Digest is RFC 9530's; x-goog-hash and x-ms-blob-content-md5 are GCS's and Azure's, for
-    whoever reads them by URL.
+    whoever reads them by URL; X-Linked-Etag is the SHA-256 of what Hugging Face redirects to.
     """
+    headers = reply.headers
     found = [("md5", headers.get("x-ms-blob-content-md5", ""))]
     found += re.findall(r"([\w-]+)=:([A-Za-z0-9+/=]+):", headers.get("Repr-Digest", ""))
     found += re.findall(r"(\w+)=([A-Za-z0-9+/=]+)", headers.get("x-goog-hash", ""))
-    return _decoded({name.lower().replace("sha-", "sha"): text for name, text in found})
+    digests = _decoded({name.lower().replace("sha-", "sha"): text for name, text in found})
+    for redirect in reply.history:
+        linked = re.fullmatch('"?([0-9a-f]{64})"?', redirect.headers.get("X-Linked-Etag", ""))
+        if linked:
+            digests["sha256"] = bytes.fromhex(linked[1])
+    return digests
 
 
 def _decoded(digests: Mapping[str, str | None]) -> dict[str, bytes]:
@@ -834,11 +909,6 @@ def _decoded(digests: Mapping[str, str | None]) -> dict[str, bytes]:
         with suppress(ValueError):
             found[name] = base64.b64decode(text or "", validate=True)
     return {name: digest for name, digest in found.items() if digest}
-
-
-def _as_it_is(request: Any) -> Any:
-    """Authorize a request no further."""
-    return request
 
 
 def _read_socket(reply: Any, buffers: Buffers) -> None:
@@ -961,6 +1031,8 @@ def _status(err: Any) -> tuple[int, str]:
     if isinstance(reply, dict):  # botocore
         status = reply.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return int(status), str(reply.get("Error", {}).get("Code", ""))
+    if hasattr(err, "get_http_status_code"):  # mlflow
+        return err.get_http_status_code(), err.error_code
     status = getattr(err, "status_code", None) or getattr(err, "code", None)  # azure, google
     status = status or getattr(reply, "status_code", None)  # requests
     code = getattr(err, "error_code", None) or getattr(reply, "reason", None) or ""

@@ -36,9 +36,11 @@ from _ckpt_places import (
     explained,
     forget_clients,
     open_stream,
+    parse_uri,
     pinned,
     read_range,
     read_version,
+    resolve,
 )
 
 log = logging.getLogger("anemoi_ckpt")
@@ -48,6 +50,7 @@ Progress = bool | Callable[[int, int | None], object] | None
 _T = TypeVar("_T")
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 AHEAD_BYTES = 4 * 1024  # read on past a record: the small ones after the pickle come with it
+SHARD_BYTES = 1 << 48  # where in a joined source each object begins: far beyond the last one's end
 PART_BYTES = 8 * 1024**2  # least for a request: long against a round trip
 RETRIES = 5
 BACKOFF_SECONDS = 0.2  # before the first attempt anew; twice as long before each one after
@@ -189,6 +192,15 @@ class Source:
                 buffers = make_buffers()
 
 
+def locate(place: str | os.PathLike[str] | URI, transport: Transport) -> URI:
+    """Tell what place a text names, and where its bytes are.
+
+    Raises:
+        CheckpointError: as `parse_uri` and `resolve`, after too many attempts.
+    """
+    return _patiently(transport, partial(resolve, parse_uri(place), transport.params))
+
+
 def find_version(uri: URI, transport: Transport) -> Version:
     """Ask a place, in one request, which object it has.
 
@@ -197,16 +209,19 @@ def find_version(uri: URI, transport: Transport) -> Version:
             empty.
         UnrangedError: it can tell only of what it gives whole.
     """
+    version = _patiently(transport, partial(read_version, uri, transport.params))
+    if not version.size:
+        raise empty_file(uri)
+    return version
+
+
+def _patiently(transport: Transport, ask: Callable[[], _T]) -> _T:
     attempts = _Attempts(transport, threading.Event())
     while True:
         try:
-            version = read_version(uri, transport.params)
+            return ask()
         except UnreachableError as err:
             attempts.wait(err)
-        else:
-            if not version.size:
-                raise empty_file(uri)
-            return version
 
 
 def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify) -> None:
@@ -274,6 +289,46 @@ def _(
     return Version(size)
 
 
+@frozen
+class JoinedURI(URI):
+    """Several objects as one: each begins at a multiple of `SHARD_BYTES`."""
+
+    shards: tuple[Source, ...] = field(repr=False, eq=False)
+
+    @property
+    def connections(self) -> int:  # type: ignore[override] # as many as its first one allows
+        return self.shards[0].uri.connections
+
+    @property
+    def filename(self) -> str:
+        return self.text.rpartition("/")[2]
+
+
+@read_range.register
+def _(
+    uri: JoinedURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,  # noqa: ARG001 - each shard has its own
+    transport_params: Params = None,
+) -> Version:
+    number, start = divmod(offset, SHARD_BYTES)
+    shard = uri.shards[number]
+    try:
+        version = read_range(shard.uri, start, buffers, shard.version, transport_params)
+    except UnrangedError as err:
+        raise UnreachableError(
+            shard.uri, "the server gave a range of it, and then another none", "try again"
+        ) from err
+    return Version(number * SHARD_BYTES + version.size)
+
+
+def join(place: URI, shards: Sequence[Source], account: Source) -> Source:
+    """Make one source of several, which moves, and is stopped, on the account of one of them."""
+    version = Version(sum(shard.size for shard in shards))
+    return evolve(account, uri=JoinedURI(place.text, tuple(shards)), version=version)
+
+
 class _Blocks(io.RawIOBase):
     """A seekable file over a source that keeps what it has read, and asks for the rest."""
 
@@ -332,6 +387,15 @@ def open_source(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
     source = evolve(source, version=version)
     return source, cast("BinaryIO", _Blocks(source, blocks))
+
+
+def open_first(source: Source) -> tuple[Source, BinaryIO]:
+    """Ask for the first block, which tells size and version, too."""
+    head = bytearray(BLOCK_BYTES)
+    source = evolve(source, version=source.read(0, [head]))
+    if not source.size:
+        raise empty_file(source.uri)
+    return source, cast("BinaryIO", _Blocks(source, {0: memoryview(head)[: source.size]}))
 
 
 def hold(uri: URI, data: bytes | bytearray | memoryview) -> tuple[Source, BinaryIO]:

@@ -2,7 +2,7 @@
 
 Read from top to bottom, this file is the way a checkpoint takes::
 
-    text ──parse_uri──▶ URI ──open_stream, read_range──▶ bytes
+    text ──parse_uri, resolve──▶ URI ──open_stream, read_range──▶ bytes
     first + last block ──▶ archive ──▶ hollow checkpoint (every tensor on the meta device)
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
@@ -17,7 +17,6 @@ import ctypes
 import functools
 import gc
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -29,27 +28,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
 from _ckpt_archive import (
-    LOCAL_SIGNATURE,
     Archive,
     Record,
     check,
     crc_matches,
     data_start,
-    is_packed,
-    looks_like_safetensors,
-    read_directory,
-    read_legacy,
-    read_safetensors,
-    read_zip,
-    unpacked,
     unreadable,
-    what_instead,
 )
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
 from _ckpt_download import (
@@ -75,8 +65,10 @@ from _ckpt_errors import (
     redact,
 )
 from _ckpt_hollow import Ledger, asks_for_values, build
+from _ckpt_hubs import HFURI, MLflowURI
 from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
 from _ckpt_install import Before, Match, Report, check_enough, install, look, match
+from _ckpt_open import compression, read_archive
 from _ckpt_places import (
     GCSURI,
     HTTPURI,
@@ -86,7 +78,6 @@ from _ckpt_places import (
     Buffers,
     LocalURI,
     Params,
-    UnrangedError,
     Version,
     imported,
     links,
@@ -96,27 +87,25 @@ from _ckpt_places import (
     read_range,
     read_version,
     register_scheme,
+    resolve,
 )
 from _ckpt_sources import (
-    BLOCK_BYTES,
     RETRIES,
     Progress,
     Source,
     Transport,
-    hold,
     in_parallel,
-    open_source,
+    locate,
     part_bytes,
-    read_whole,
     shown,
     stream_pinned,
-    stream_whole,
 )
 from _ckpt_tables import sized
 from _ckpt_write import embedded, write_safetensors, write_zip
 
 __all__ = [
     "GCSURI",
+    "HFURI",
     "HTTPURI",
     "S3URI",
     "URI",
@@ -132,6 +121,7 @@ __all__ = [
     "InertGlobal",
     "InvalidURIError",
     "LocalURI",
+    "MLflowURI",
     "MismatchError",
     "MissingPackageError",
     "NotACheckpointError",
@@ -151,13 +141,12 @@ __all__ = [
     "read_range",
     "read_version",
     "register_scheme",
+    "resolve",
     "save",
 ]
 
 Strategy = Callable[[Any], Any]
 
-_T = TypeVar("_T")
-_SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
 GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
 
 
@@ -287,7 +276,7 @@ def load(  # noqa: PLR0913 - by keyword
     checkpoint, whose tensors are on the meta device, to see what is needed, and on the real one.
 
     Args:
-        uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``https://``, ….
+        uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``hf://``, ``https://``, ….
         strategies: pure functions from checkpoint to checkpoint, applied from left to right.
         trust: True imports and runs whatever the checkpoint names, at least twice: it can do
             all that you can, so be as sure of its author as of your own code. A list of classes
@@ -316,7 +305,8 @@ def load(  # noqa: PLR0913 - by keyword
     {'w': tensor([1., 1.])}
     """
     transport = Transport(transport_params, retries, timeout, cached)
-    return _load(parse_uri(uri), strategies, trusted(trust), transport, progress).checkpoint
+    place = locate(uri, transport)
+    return _load(place, strategies, trusted(trust), transport, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
@@ -346,58 +336,7 @@ def _load(
         checkpoint = _survivors(source, archive, strategies, trust, progress)
         return _Loaded(checkpoint, sum(origin.moved), origin.size)
 
-    if not transport.cached:
-        return _read(place, transport, progress, survive)
-    transfer = Transfer(place, transport, progress)
-    copy = download_to_cache(transfer)
-    try:
-        return _read(parse_uri(copy), transport, progress, survive)
-    except CorruptError:  # since it was downloaded
-        copy.unlink()
-        return _read(parse_uri(download_to_cache(transfer)), transport, progress, survive)
-
-
-def _read(
-    place: URI,
-    transport: Transport,
-    progress: Progress,
-    use: Callable[[Source, Source, Archive], _T],
-) -> _T:
-    """Use what a place holds: given are what is stored, what to read from, and what is in it."""
-    try:
-        origin, blocks = open_source(place, transport)
-        return use(origin, *_open_archive(place, origin, blocks, progress))
-    except UnrangedError:
-        whole = io.BytesIO()
-        with shown(place, None, progress) as notify:
-            stream_whole(place, whole, transport, notify)
-        data = whole.getbuffer()
-        origin = Source(place, Version(len(data)), moved=[len(data)])
-        return use(origin, *_open_archive(place, *hold(place, data), progress=False))
-
-
-def _open_archive(
-    place: URI, source: Source, blocks: BinaryIO, progress: Progress
-) -> tuple[Source, Archive]:
-    """Read what a source holds, whichever of the formats it is in."""
-    suffix = _compression(place)
-    if suffix:
-        source, blocks = hold(place, _decompressed(place, read_whole(source, progress), suffix))
-    start = blocks.read(_SIGNATURE_BYTES)
-    blocks.seek(0)
-    if looks_like_safetensors(start):  # first: the length of its header may look like a zip's mark
-        return source, read_safetensors(place, blocks, source.size)
-    if start.startswith(LOCAL_SIGNATURE):
-        directory = read_directory(place, blocks)
-        if is_packed(directory):
-            source, blocks = hold(place, unpacked(place, read_whole(source, progress)))
-            directory = read_directory(place, blocks)
-        return source, read_zip(place, blocks, directory)
-    if start.startswith(b"\x80"):  # a pickle's first byte
-        buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # raw, and typed as what zipfile takes
-        return source, read_legacy(place, buffered, source.size)
-    begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
-    raise NotACheckpointError(place, *(what_instead(start) or begins))
+    return read_archive(place, transport, progress, survive)
 
 
 def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
@@ -452,27 +391,6 @@ def _has_hollow(result: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for _, leaf in walk(result))
 
 
-def _compression(uri: URI) -> str:
-    """Give the ending of a name that smart-open knows to decompress, or nothing."""
-    suffix = Path(uri.filename).suffix.lower()
-    return suffix if suffix in {".gz", ".bz2", ".xz", ".zst", ".lz4"} else ""
-
-
-def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
-    compression = imported("smart_open.compression", uri)
-    try:
-        with compression.compression_wrapper(io.BytesIO(data), "rb", compression=suffix) as stream:
-            return bytes(stream.read())
-    except ImportError as err:
-        raise MissingPackageError(
-            uri, f"{suffix} needs a package that is not installed ({err})", "install it"
-        ) from err
-    except Exception as err:
-        raise CorruptError(
-            uri, f"it cannot be decompressed as {suffix} ({err!r})", "was its upload complete?"
-        ) from err
-
-
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -511,7 +429,8 @@ def peek(
         contents = look_into(archive, origin.size)
         return evolve(contents, bytes_moved=sum(origin.moved))
 
-    return _read(parse_uri(uri), Transport(transport_params, retries, timeout), None, look_in)
+    transport = Transport(transport_params, retries, timeout)
+    return read_archive(locate(uri, transport), transport, None, look_in)
 
 
 def metadata(
@@ -539,7 +458,7 @@ def metadata(
         CheckpointError: as `load`.
     """
     transport = Transport(transport_params, retries, timeout)
-    found, data = _embedded(parse_uri(uri), transport, arrays=arrays)
+    found, data = _embedded(locate(uri, transport), transport, arrays=arrays)
     if found is None:
         raise CheckpointNotFoundError(
             uri,
@@ -568,7 +487,7 @@ def _embedded(
         storages = _fetch(source, records, progress=False)
         return found, {n: _memory(each) if each.nbytes() else b"" for n, each in storages.items()}
 
-    return _read(place, transport, None, read)
+    return read_archive(place, transport, None, read)
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
@@ -619,7 +538,7 @@ def download(  # noqa: PLR0913 - by keyword
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
     transport = Transport(transport_params, retries, timeout)
-    transfer = Transfer(parse_uri(uri), transport, progress, sha256, resume)
+    transfer = Transfer(locate(uri, transport), transport, progress, sha256, resume)
     if to is None:
         return download_to_cache(transfer)
     target = Path(to).expanduser()
@@ -662,10 +581,11 @@ def save(
     place = parse_uri(uri)
     extra = {}
     if metadata is not None:
-        found, data = _embedded(parse_uri(metadata), Transport(transport_params), arrays=True)
+        transport = Transport(transport_params)
+        found, data = _embedded(locate(metadata, transport), transport, arrays=True)
         extra = embedded(found, data) if found is not None else {}
-    suffix = _compression(place)
-    safetensors = place.filename.removesuffix(suffix).endswith(".safetensors")
+    suffix = compression(place)
+    safetensors = _is_safetensors(place)
     write = write_safetensors if safetensors else functools.partial(write_zip, members=extra)
     with open_writer(place, transport_params) as stream, _unsaved(place):
         if suffix:
@@ -675,6 +595,10 @@ def save(
         else:
             write(checkpoint, stream)
     return place
+
+
+def _is_safetensors(place: URI) -> bool:
+    return place.filename.removesuffix(compression(place)).endswith(".safetensors")
 
 
 @contextmanager
@@ -747,8 +671,10 @@ def load_into(  # noqa: PLR0913 - by keyword
     if not 0 <= require <= 1:
         raise ValueError(f"require is a share from 0 to 1, not {require!r}")
     receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
+    transport = Transport(transport_params, retries, timeout, cached)
     held = checkpoint if isinstance(checkpoint, Mapping) else None
-    place = LocalURI(_IN_MEMORY, "") if isinstance(checkpoint, Mapping) else parse_uri(checkpoint)
+    in_memory = LocalURI(_IN_MEMORY, "")
+    place = in_memory if isinstance(checkpoint, Mapping) else locate(checkpoint, transport)
     before: list[Before] = []
 
     def begin(given: Any) -> Any:
@@ -762,7 +688,6 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     every = (begin, *strategies, end)
     if held is None:
-        transport = Transport(transport_params, retries, timeout, cached)
         loaded = _load(place, every, trusted(trust), transport, progress)
     else:
         loaded = _Loaded(_applied(place, every, held), 0, 0)
@@ -841,10 +766,10 @@ def _run_metadata(given: argparse.Namespace) -> str:
 
 
 def _run_copy(given: argparse.Namespace) -> str:
-    place, to = parse_uri(given.uri), parse_uri(given.to)
+    place, to = locate(given.uri, Transport()), parse_uri(given.to)
     if isinstance(to, LocalURI) and Path(to.path).is_dir():
         to = parse_uri(Path(to.path) / place.filename)
-    converted = ".safetensors" in to.filename and ".safetensors" not in place.filename
+    converted = _is_safetensors(to) and not _is_safetensors(place)
     strategies = _chosen_strategies(given, weights=given.weights or converted)
     if strategies:
         save(load(place, *strategies), to, metadata=place)
