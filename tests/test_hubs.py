@@ -609,9 +609,8 @@ def test_readme_hubs(hub: Hub, tracked, tmp_path: Path) -> None:
         eval(line, {**strategies.__dict__, "load": load, "run_id": run_id})
         for line in block.splitlines()
     ]
-    for result, expected in zip(
-        results, [{"encoder.w": torch.ones(3)}, state, {"state_dict": state}]
-    ):
+    wanted = [{"encoder.w": torch.ones(3)}, state, {"state_dict": state}]
+    for result, expected in zip(results, wanted, strict=True):
         assert_same(result, expected)
 
 
