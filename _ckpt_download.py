@@ -1,6 +1,6 @@
 """How a checkpoint comes to a disk: gone on with where it broke off, checked, and shared.
 
-download · part · checks · cache
+download · ranks · part · checks · cache
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import mmap
 import os
 import re
 import shutil
+import socket
 import threading
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import filelock
 import platformdirs
@@ -43,9 +44,12 @@ from _ckpt_places import (
     UnrangedError,
     Version,
     empty_file,
+    open_writer,
     unwritten,
 )
+from _ckpt_ranks import Ranks
 from _ckpt_sources import (
+    PART_BYTES,
     Progress,
     Source,
     Transport,
@@ -164,6 +168,90 @@ def _fetch(source: Source, part: _Part, extent: range, notify: Notify) -> None:
     with part.opened("r+b") as file, part.journal.open("ab", buffering=0) as journal:
         views = part.written_through(extent, file, journal)
         source.read_through(extent.start, len(extent), views, notify)
+
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class _Brought:
+    """A file that the first rank has."""
+
+    path: Path
+    size: int
+    modified: int  # nanoseconds
+    place: str
+
+
+def download_shared(
+    bring: Callable[[], tuple[Path, URI]], own: Callable[[Path], Path], ranks: Ranks, note: bool
+) -> Path:
+    """Bring a file to the first rank, and from there to each disk that does not have it.
+
+    Args:
+        bring: brings it, and tells where from.
+        own: gives a rank's own path for the first one's.
+        ranks: who wants it.
+        note: whether to note beside it where it is from, in folders that may have to be made.
+
+    Raises:
+        CheckpointError: as for `download_to`, on all ranks.
+    """
+    brought, problem = None, None
+    if not ranks.rank:
+        try:
+            path, place = bring()
+            status = path.stat()
+            brought = _Brought(path, status.st_size, status.st_mtime_ns, redact(str(place)))
+        except Exception as err:  # noqa: BLE001 - raised on all ranks
+            problem = err
+    first = cast("_Brought", ranks.agree(brought, problem)[0])
+    target = own(first.path)
+    where = (socket.gethostname(), str(target.absolute()))
+    lacking = [*dict.fromkeys(filter(None, ranks.agree(None if _sees(target, first) else where)))]
+    if lacking:
+        asked = ranks.agree(where)
+        writes = where in lacking and asked.index(where) == ranks.rank
+        _hand_on(first, target if writes else None, ranks, note)
+    return target
+
+
+def _sees(target: Path, first: _Brought) -> bool:
+    """Tell whether a rank sees the very file that the first one has, on whatever disk."""
+    with suppress(OSError):
+        status = target.stat()
+        return (status.st_size, status.st_mtime_ns) == (first.size, first.modified)
+    return False
+
+
+def _hand_on(first: _Brought, target: Path | None, ranks: Ranks, note: bool) -> None:
+    """Give the first rank's file to those that write it, all or nothing."""
+    problem: Exception | None = None
+    sink: Any = None
+    with ExitStack() as stack:
+        try:
+            source: Any = None if ranks.rank else stack.enter_context(first.path.open("rb"))
+            if target is not None:
+                if note:
+                    _note(target, first.place)
+                sink = stack.enter_context(open_writer(_local(target)))
+        except (CheckpointError, OSError) as err:
+            problem = err
+        ranks.agree(None, problem)
+        crc, room = 0, memoryview(bytearray(min(PART_BYTES, first.size)))
+        for start in range(0, first.size, PART_BYTES):
+            part = room[: first.size - start]
+            if source is not None and source.readinto(part) < len(part):
+                problem = CorruptError(first.path, "the file got shorter", "do not write to it")
+            ranks.send([part], 0)()
+            crc = zlib_ng.crc32(part, crc)
+            if sink is not None and problem is None:
+                try:
+                    sink.write(part)
+                except OSError as err:
+                    problem = err
+        if len({*ranks.agree(crc, problem)}) > 1:
+            raise CorruptError(first.path, "ranks got different bytes", "check the network")
 
 
 # ── part ──────────────────────────────────────────────────────────────────────────────────────
@@ -364,13 +452,18 @@ def download_to_cache(transfer: Transfer) -> Path:
     tagged = version is not None and version.tag is not None  # else who knows if it is the same
     if tagged and _is_kept(target, transfer):
         return target
-    with unwritten(_local(target)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (target.parent / _NOTE).write_text(redact(str(transfer.place)), "utf-8")
+    _note(target, redact(str(transfer.place)))
     with _locked(target):
         if not (tagged and _is_kept(target, transfer)):  # another process may have brought it
             _bring(target, transfer, version)
     return target
+
+
+def _note(target: Path, place: str) -> None:
+    """Note, beside where a file is to be, where it is from."""
+    with unwritten(_local(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / _NOTE).write_text(place, "utf-8")
 
 
 def _is_kept(target: Path, transfer: Transfer) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -145,9 +146,16 @@ def match(
 
 
 def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:
-    """Refuse what was made on parameters that are replaced: it would go on with the old ones."""
+    """Refuse what was made on parameters that are replaced, or that have their states in parts."""
     groups = [g for one in optimizers for g in getattr(one, "param_groups", ())]
-    count = sum(parameter.is_meta for group in groups for parameter in group["params"])
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if any(map(_is_sharded, parameters)):
+        raise MismatchError(
+            place,
+            "the optimizer's parameters are sharded, and the checkpoint's states are whole",
+            "load them with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+        )
+    count = sum(parameter.is_meta for parameter in parameters)
     if count:
         raise MismatchError(
             place,
@@ -276,6 +284,9 @@ def install(
 
 
 def _fill(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
+    if any(map(_is_sharded, model.parameters())):
+        _fill_shards(model, fitting)
+        return
     tied = _tied(model)
     extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
     hollow, owned = {}, {}
@@ -300,6 +311,24 @@ def _fill(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
             for name in names:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, value)
+
+
+def _is_sharded(parameter: Any) -> bool:
+    """Tell whether each rank has a part of it, as `fully_shard` leaves it."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # what nobody imported, nobody uses
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
+
+
+def _fill_shards(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
+    """Give a sharded model this rank's parts."""
+    from torch.distributed.checkpoint import state_dict as sharded  # noqa: PLC0415 - takes a while
+
+    targets = model.state_dict(keep_vars=True)
+    extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
+    whole = {n: v.detach().to(targets[n].dtype) for n, v in fitting.items() if n not in extra}
+    model.load_state_dict(_like(fitting, extra), strict=False)
+    options = sharded.StateDictOptions(full_state_dict=True, strict=False)
+    sharded.set_model_state_dict(model, whole, options=options)
 
 
 def _own(value: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from attrs import evolve
 
@@ -31,6 +33,7 @@ from _ckpt_archive import (
 from _ckpt_download import Transfer, download_to_cache
 from _ckpt_errors import CorruptError, MissingPackageError, NotACheckpointError
 from _ckpt_places import URI, UnrangedError, Version, imported, parse_uri, sibling
+from _ckpt_ranks import Ranks, sendable
 from _ckpt_sources import (
     BLOCK_BYTES,
     SHARD_BYTES,
@@ -41,6 +44,7 @@ from _ckpt_sources import (
     hold,
     in_parallel,
     join,
+    locate,
     open_first,
     open_source,
     read_whole,
@@ -82,6 +86,46 @@ def read_archive(
         for copy in copies:  # damaged since they were downloaded
             copy.unlink(missing_ok=True)
         return _use(place, at, transport, progress, use)
+
+
+def read_archive_shared(
+    uri: str | os.PathLike[str] | URI,
+    transport: Transport,
+    progress: Progress,
+    ranks: Ranks,
+    use: Callable[[Source, Source, Archive], _T],
+) -> _T:
+    """Use what a place holds on all ranks; the first one asks, and tells the others.
+
+    Raises:
+        CheckpointError: as for `read_archive`, on all of them.
+    """
+    while ranks.rank:
+        told: Any = ranks.share()
+        if isinstance(told, Exception):
+            raise told
+        origin, source, archive = told
+        own = evolve(origin, transport=transport)
+        with suppress(UnrangedError):  # else the first rank takes it whole, and tells anew
+            return use(own, evolve(own, uri=source.uri, version=source.version), archive)
+    all_know = False
+
+    def tell(origin: Source, source: Source, archive: Archive) -> _T:
+        nonlocal all_know
+        ranks.share((origin, source, evolve(archive, file=None, members={})))
+        all_know = True
+        try:
+            return use(origin, source, archive)
+        except UnrangedError:
+            all_know = False
+            raise
+
+    try:
+        return read_archive(locate(uri, transport), transport, progress, tell)
+    except Exception as err:
+        if not all_know:
+            ranks.share(sendable(err))
+        raise
 
 
 def _use(

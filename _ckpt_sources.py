@@ -69,6 +69,7 @@ class Transport:
     retries: int = RETRIES  # how often in a row to try again what brought nothing
     timeout: float | None = None  # seconds without a new byte, over all attempts
     cached: bool = False  # or by way of a copy on this machine
+    group: Any = field(default=None, repr=False)  # of processes, of which each reads a share
 
     @property
     def patience(self) -> float:
@@ -135,6 +136,16 @@ class Source:
     transport: Transport = field(factory=Transport, repr=False)
     moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
     stopped: threading.Event = field(factory=threading.Event, repr=False)  # by a failure elsewhere
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other ranks as what is read; how, and with what account, is each one's own."""
+        return Source, (self.uri, self.version)
+
+    @property
+    def held(self) -> bool:
+        """Tell whether it is in this process's memory, or part of it."""
+        parts = self.uri.shards if isinstance(self.uri, JoinedURI) else ()
+        return isinstance(self.uri, _HeldURI) or any(part.held for part in parts)
 
     @property
     def size(self) -> int:
@@ -274,6 +285,10 @@ class _HeldURI(URI):
     @property
     def filename(self) -> str:
         return self.origin.filename
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Stay where it is: another rank learns that there is such a thing."""
+        return _HeldURI, (self.text, self.origin, b"")
 
 
 @read_range.register

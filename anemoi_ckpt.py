@@ -7,24 +7,20 @@ Read from top to bottom, this file is the way a checkpoint takes::
     hollow ──strategies──▶ the records that the result still needs
     records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
 
-fetch · load · look · keep · install · command line
+load · look · keep · install · command line
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import gc
 import importlib.util
-import itertools
 import json
 import os
 import re
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -35,10 +31,6 @@ from attrs import evolve, frozen
 
 from _ckpt_archive import (
     Archive,
-    Record,
-    check,
-    crc_matches,
-    data_start,
     unreadable,
 )
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
@@ -47,6 +39,7 @@ from _ckpt_download import (
     cache_entries,
     cache_folder,
     clear_cache,
+    download_shared,
     download_to,
     download_to_cache,
 )
@@ -64,11 +57,12 @@ from _ckpt_errors import (
     UnsafeCheckpointError,
     redact,
 )
+from _ckpt_fetch import Fetcher, memory
 from _ckpt_hollow import Ledger, asks_for_values, build
 from _ckpt_hubs import HFURI, MLflowURI
 from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
 from _ckpt_install import Before, Match, Report, check_enough, install, look, match
-from _ckpt_open import compression, read_archive
+from _ckpt_open import compression, read_archive, read_archive_shared
 from _ckpt_places import (
     GCSURI,
     HTTPURI,
@@ -89,15 +83,13 @@ from _ckpt_places import (
     register_scheme,
     resolve,
 )
+from _ckpt_ranks import joined
 from _ckpt_sources import (
     RETRIES,
     Progress,
     Source,
     Transport,
-    in_parallel,
     locate,
-    part_bytes,
-    shown,
     stream_pinned,
 )
 from _ckpt_tables import sized
@@ -147,111 +139,6 @@ __all__ = [
 
 Strategy = Callable[[Any], Any]
 
-GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
-
-
-# ── fetch ─────────────────────────────────────────────────────────────────────────────────────
-
-
-_Pieces = list[tuple[memoryview, str]]  # memory to fill, and whose it is
-
-
-def _fetch(
-    source: Source, records: Mapping[str, Record], progress: Progress
-) -> dict[str, torch.UntypedStorage]:
-    """Bring records into fresh storages: coalesced ranges, in parallel, each record checked."""
-    storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
-    views = {key: _memory(storage) for key, storage in storages.items() if storage.nbytes()}
-    headers = {key: bytearray(records[key].start - records[key].header) for key in views}
-    total = sum(record.size for record in records.values())
-    parts = [
-        part
-        for offset, pieces in _spans(records, views, headers)
-        for part in _cut(offset, pieces, part_bytes(source, total))
-    ]
-    missing = Counter(owner for _, pieces in parts for _, owner in pieces)
-    lock = threading.Lock()
-
-    def bring(offset: int, pieces: _Pieces) -> None:
-        source.read(offset, [view for view, _ in pieces], notify)
-        for _, owner in pieces:
-            with lock:
-                missing[owner] -= 1
-                whole = owner and not missing[owner]
-            if whole:  # checked here, while other parts are still on their way
-                _verify(source, records[owner], headers[owner], views[owner])
-
-    with shown(source.uri, total, progress) as notify:
-        tasks = [functools.partial(bring, *part) for part in parts]
-        in_parallel(tasks, source)
-    return storages
-
-
-def _spans(
-    records: Mapping[str, Record], views: Mapping[str, Any], headers: Mapping[str, Any]
-) -> Iterator[tuple[int, _Pieces]]:
-    """Lay records that stand side by side in a row: header, bytes, gap, header, bytes, …."""
-    keys = sorted(views, key=lambda key: records[key].header)
-    bridged = _bridged_gaps([records[key] for key in keys])
-    span: tuple[int, _Pieces] = (0, [])
-    end = 0
-    for key in keys:
-        record = records[key]
-        if record.header in bridged:
-            span[1].append((memoryview(bytearray(record.header - end)), ""))
-        else:
-            yield span
-            span = (record.header, [])
-        span[1].extend(((memoryview(headers[key]), key), (views[key], key)))
-        end = record.start + record.size
-    yield span
-
-
-def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces]]:
-    """Cut a span of an object, which fills pieces of memory, into parts of one request each."""
-    part: _Pieces = []
-    room = size
-    for view, owner in pieces:
-        rest = view
-        while rest:
-            part.append((rest[:room], owner))
-            rest, room = rest[room:], room - min(room, len(rest))
-            if not room:
-                yield offset, part
-                offset, part, room = offset + size, [], size
-    if part:
-        yield offset, part
-
-
-def _verify(source: Source, record: Record, header: Any, view: memoryview) -> None:
-    """Check what came for a record; where it is wrong, bring it once more."""
-    start = data_start(source.uri, record, header) if header else record.start
-    if start != record.start or not crc_matches(record, view):
-        source.read(start, [view])  # not laid out as by torch, or damaged on the way
-        check(source.uri, record, view)
-
-
-def _bridged_gaps(records: Sequence[Record]) -> set[int]:
-    """Choose the gaps to read over, smallest first: a request costs more than a few bytes."""
-    gaps = sorted(
-        (after.header - before.start - before.size, after.header)
-        for before, after in itertools.pairwise(records)
-    )
-    bridged, left = set(), GAP_BYTES
-    for gap, header in gaps:
-        left -= gap
-        if left < 0:
-            break
-        bridged.add(header)
-    return bridged
-
-
-def _memory(storage: torch.UntypedStorage) -> memoryview:
-    """Give a writable view of a storage's own memory, which keeps the storage alive."""
-    buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    buffer.storage = storage  # type: ignore[attr-defined] # ctypes arrays take any
-    return memoryview(buffer).cast("B")
-
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -261,6 +148,7 @@ def load(  # noqa: PLR0913 - by keyword
     *strategies: Strategy,
     trust: bool | Sequence[Any] = False,
     cached: bool = False,
+    group: Any = None,
     retries: int = RETRIES,
     timeout: float | None = None,
     transport_params: Params = None,
@@ -283,6 +171,9 @@ def load(  # noqa: PLR0913 - by keyword
             and functions runs just these, and what they do with what they are given.
         cached: True downloads the file whole, once for this machine (see `download`), and loads
             from there: one request then tells that the object is still the same.
+        group: ranks (of `torch.distributed`) that all call this alike: each reads a share, and they
+            give it to each other, so that the store sends each byte once. What one of them
+            meets, all raise. None is this process alone.
         retries: how often in a row a read that brought nothing is tried again: on refused and reset
             connections, silence, 408, 429 and 5xx, never on 401, 403, 404 and 412. One that
             brought something goes on from there.
@@ -304,9 +195,8 @@ def load(  # noqa: PLR0913 - by keyword
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    transport = Transport(transport_params, retries, timeout, cached)
-    place = locate(uri, transport)
-    return _load(place, strategies, trusted(trust), transport, progress).checkpoint
+    transport = Transport(transport_params, retries, timeout, cached, group)
+    return _load(uri, strategies, trusted(trust), transport, progress).checkpoint
 
 
 load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
@@ -322,7 +212,7 @@ class _Loaded:
 
 
 def _load(
-    place: URI,
+    uri: str | os.PathLike[str] | URI,
     strategies: Sequence[Strategy],
     trust: Trust,
     transport: Transport,
@@ -332,11 +222,21 @@ def _load(
         if not callable(strategy):
             raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
 
-    def survive(origin: Source, source: Source, archive: Archive) -> _Loaded:
-        checkpoint = _survivors(source, archive, strategies, trust, progress)
+    def survive(fetcher: Fetcher, origin: Source, source: Source, archive: Archive) -> _Loaded:
+        checkpoint = _survivors(source, archive, strategies, trust, fetcher)
         return _Loaded(checkpoint, sum(origin.moved), origin.size)
 
-    return read_archive(place, transport, progress, survive)
+    def alone() -> _Loaded:
+        use = functools.partial(survive, Fetcher(progress))
+        return read_archive(locate(uri, transport), transport, progress, use)
+
+    if transport.group is None:
+        return alone()
+    with joined(transport, parse_uri(uri)) as ranks:
+        if transport.cached:  # one for each machine downloads it
+            return ranks.together(alone)
+        use = functools.partial(survive, Fetcher(progress, ranks))
+        return read_archive_shared(uri, transport, progress, ranks, use)
 
 
 def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
@@ -355,7 +255,7 @@ def _survivors(
     archive: Archive,
     strategies: Sequence[Strategy],
     trust: Trust,
-    progress: Progress,
+    fetcher: Fetcher,
 ) -> Any:
     """Run the strategies, fetch what their result still needs, and again until it needs nothing.
 
@@ -367,6 +267,7 @@ def _survivors(
     while True:
         absent = archive.records.keys() - storages.keys()
         ledger = Ledger()
+        problem = None
         try:
             result = build(archive, storages, fresh, ledger, trust)
             with ledger if absent else nullcontext():
@@ -376,14 +277,16 @@ def _survivors(
             # asked for values, and a strategy went on without; or made like a hollow one
             if absent and (ledger.asked or (not needed and _has_hollow(result))):
                 needed = absent
-        except Exception as err:
-            if not (absent and (ledger.asked or ledger.awaited or asks_for_values(err))):
-                raise
+        except Exception as err:  # noqa: BLE001 - raised below, on all ranks
             needed = absent
+            if not (absent and (ledger.asked or ledger.awaited or asks_for_values(err))):
+                problem = err
+        needed = fetcher.agree(needed, problem)
         if not needed:
             return result
         result = None  # some of its tensors are hollow
-        fresh = _fetch(source, {key: archive.records[key] for key in needed}, progress)
+        wanted = {key: record for key, record in archive.records.items() if key in needed}
+        fresh = fetcher.fetch(source, wanted)
         storages |= fresh
 
 
@@ -484,8 +387,8 @@ def _embedded(
             return found, {}
         with unreadable(place, "its supporting_arrays_paths"):
             records = array_records(archive, found.get("supporting_arrays_paths", {}))
-        storages = _fetch(source, records, progress=False)
-        return found, {n: _memory(each) if each.nbytes() else b"" for n, each in storages.items()}
+        storages = Fetcher(progress=False).fetch(source, records)
+        return found, {n: memory(each) if each.nbytes() else b"" for n, each in storages.items()}
 
     return read_archive(place, transport, None, read)
 
@@ -499,6 +402,7 @@ def download(  # noqa: PLR0913 - by keyword
     *,
     sha256: str | None = None,
     resume: bool = True,
+    group: Any = None,
     retries: int = RETRIES,
     timeout: float | None = None,
     transport_params: Params = None,
@@ -521,6 +425,8 @@ def download(  # noqa: PLR0913 - by keyword
         resume: go on with what a call before this one left when it was broken off, killed even,
             if the object is still the same; and leave it where this one is. False begins anew,
             and leaves nothing.
+        group: ranks that all call this alike: the first one downloads, and the others get it from
+            there, wherever they do not see its file.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
@@ -537,15 +443,32 @@ def download(  # noqa: PLR0913 - by keyword
     """
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
-    transport = Transport(transport_params, retries, timeout)
-    transfer = Transfer(locate(uri, transport), transport, progress, sha256, resume)
-    if to is None:
-        return download_to_cache(transfer)
-    target = Path(to).expanduser()
-    if target.is_dir() or os.fspath(to).endswith(os.sep):
-        target /= transfer.place.filename
-    download_to(target, transfer)
-    return target
+    transport = Transport(transport_params, retries, timeout, group=group)
+    return _download(to, Transfer(parse_uri(uri), transport, progress, sha256, resume))
+
+
+def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
+    """Bring a file to a file, a folder or the cache; of ranks, each gives its own path."""
+
+    def own(to: str | os.PathLike[str], name: str) -> Path:
+        target = Path(to).expanduser()
+        return target / name if target.is_dir() or os.fspath(to).endswith(os.sep) else target
+
+    def bring() -> tuple[Path, URI]:
+        found = evolve(transfer, place=locate(transfer.place, transfer.transport))
+        if to is None:
+            return download_to_cache(found), found.place
+        target = own(to, found.place.filename)
+        download_to(target, found)
+        return target, found.place
+
+    def others(first: Path) -> Path:
+        return cache_folder().joinpath(*first.parts[-2:]) if to is None else own(to, first.name)
+
+    if transfer.transport.group is None:
+        return bring()[0]
+    with joined(transfer.transport, transfer.place) as ranks:
+        return download_shared(bring, others, ranks, note=to is None)
 
 
 def save(
@@ -631,6 +554,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     scheduler: Any = None,
     trust: bool | Sequence[Any] = False,
     cached: bool = False,
+    group: Any = None,
     retries: int = RETRIES,
     timeout: float | None = None,
     transport_params: Params = None,
@@ -652,6 +576,7 @@ def load_into(  # noqa: PLR0913 - by keyword
         scheduler: likewise.
         trust: as for `load`.
         cached: as for `load`.
+        group: as for `load`.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
@@ -671,10 +596,8 @@ def load_into(  # noqa: PLR0913 - by keyword
     if not 0 <= require <= 1:
         raise ValueError(f"require is a share from 0 to 1, not {require!r}")
     receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
-    transport = Transport(transport_params, retries, timeout, cached)
     held = checkpoint if isinstance(checkpoint, Mapping) else None
-    in_memory = LocalURI(_IN_MEMORY, "")
-    place = in_memory if isinstance(checkpoint, Mapping) else locate(checkpoint, transport)
+    place = LocalURI(_IN_MEMORY, "") if isinstance(checkpoint, Mapping) else parse_uri(checkpoint)
     before: list[Before] = []
 
     def begin(given: Any) -> Any:
@@ -688,6 +611,7 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     every = (begin, *strategies, end)
     if held is None:
+        transport = Transport(transport_params, retries, timeout, cached, group)
         loaded = _load(place, every, trusted(trust), transport, progress)
     else:
         loaded = _Loaded(_applied(place, every, held), 0, 0)

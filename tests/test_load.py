@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import _ckpt_fetch
 import _ckpt_sources
 import anemoi_ckpt
 import servers
@@ -733,7 +734,7 @@ def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> 
 
 def test_memory_does_not_outlive_its_view_nor_the_view_its_memory() -> None:
     storage = torch.UntypedStorage(8).fill_(7)
-    view = anemoi_ckpt._memory(storage)
+    view = _ckpt_fetch.memory(storage)
     del storage
     assert bytes(view) == b"\7" * 8
 

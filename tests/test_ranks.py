@@ -1,0 +1,468 @@
+"""Ranks of a process group: each byte is served once, and what one meets, all raise.
+
+Most run the ranks in threads of one process, which gloo allows; some are real processes.
+"""
+
+import contextlib
+import gzip
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import _ckpt_download
+import _ckpt_ranks
+import anemoi_ckpt
+import servers
+from anemoi_ckpt import (
+    CorruptError,
+    UnreachableError,
+    download,
+    load,
+    load_into,
+)
+from checkpoints import as_bytes, assert_same, odd_checkpoint
+from strategies import include, weights
+
+ROOT = Path(anemoi_ckpt.__file__).parent
+CHECKPOINT = {
+    "state_dict": {
+        **{f"large.{n}": torch.randn(700_000) for n in range(6)},
+        **{f"small.{n}": torch.randn(300) for n in range(40)},
+    },
+    "optimizer_states": [torch.zeros(5_000_000)],
+    "epoch": 3,
+}
+NEEDED = 4 * (6 * 700_000 + 40 * 300)
+
+_groups = iter(range(10**9))
+
+
+class Group:
+    """A process group as one of its ranks has it, here a thread: what `load` asks of it."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, name: str) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+        self.group_name, self.get_group_store = name, lambda: store
+
+
+def on_ranks(size: int, act: Callable[[int, Any], Any]) -> list[Any]:
+    """What each of so many ranks gives back, or raises."""
+    store, name = dist.HashStore(), f"threads-{next(_groups)}"
+
+    def run(rank: int) -> Any:
+        try:
+            return act(rank, Group(store, rank, size, name))
+        except Exception as err:
+            return err
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ckpt_ranks, "_has_nccl", lambda group: False)  # these groups have none
+
+
+# ── equal, and each byte once ─────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_has_all_and_the_store_serves_it_once(place, size: int) -> None:
+    uri = place.put("last.ckpt", as_bytes(CHECKPOINT))
+    if place.server:
+        place.server.reset()
+    results = on_ranks(size, lambda rank, group: load(uri, weights, group=group))
+    for result in results:
+        assert_same(result, CHECKPOINT["state_dict"])
+    if place.server:
+        assert place.server.bytes_sent <= 1.02 * NEEDED + 2**20
+
+
+@given(sizes=st.lists(st.integers(0, 3_000_000), max_size=12), ranks=st.integers(2, 5))
+@settings(max_examples=15)
+def test_whatever_the_sizes(tmp_path_factory, sizes: list[int], ranks: int) -> None:
+    path = tmp_path_factory.mktemp("ranks") / "a.ckpt"
+    checkpoint = {
+        str(n): torch.randint(0, 255, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)
+    }
+    torch.save(checkpoint, path)
+    for result in on_ranks(ranks, lambda rank, group: load(path, group=group)):
+        assert_same(result, checkpoint)
+
+
+def test_each_rank_reads_as_much_as_the_others(http_server: servers.HTTPServer) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+
+    def moved(rank: int, group: Any) -> int:
+        return load_into(like(CHECKPOINT["state_dict"]), uri, group=group).bytes_moved
+
+    moved_by = on_ranks(4, moved)
+    assert sum(moved_by) <= 1.02 * NEEDED + 2**20
+    assert max(moved_by) < NEEDED / 4 + 3 * 2**20
+
+
+def like(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module that has these names, all zeros."""
+    model = torch.nn.Module()
+    for name, tensor in state.items():
+        owner, _, attribute = name.partition(".")
+        if not hasattr(model, owner):
+            setattr(model, owner, torch.nn.Module())
+        setattr(getattr(model, owner), attribute, torch.nn.Parameter(torch.zeros_like(tensor)))
+    return model
+
+
+def in_waves(monkeypatch) -> None:
+    monkeypatch.setattr("_ckpt_fetch.WAVE_BYTES", 2**20)
+    monkeypatch.setattr("_ckpt_fetch._LEAST_BYTES", 2**18)
+    monkeypatch.setattr("_ckpt_fetch.PART_BYTES", 2**18)
+
+
+def test_in_many_waves(http_server: servers.HTTPServer, monkeypatch) -> None:
+    """A wave is given to the others while the next is read."""
+    in_waves(monkeypatch)
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    for result in on_ranks(3, lambda rank, group: load(uri, group=group)):
+        assert_same(result, CHECKPOINT)
+
+
+def legacy(obj: Any) -> bytes:
+    return as_bytes(obj, _use_new_zipfile_serialization=False)
+
+
+STATE = {"a": torch.randn(500_000), "b": torch.randn(3), "e": torch.empty(0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("odd.ckpt", as_bytes(odd_checkpoint()), odd_checkpoint()),
+        ("old.ckpt", legacy(STATE), STATE),
+        ("a.safetensors", safetensors.torch.save(STATE), STATE),
+        ("a.ckpt.gz", gzip.compress(as_bytes(STATE)), STATE),
+    ],
+)
+def test_all_formats(http_server: servers.HTTPServer, name: str, data: bytes, expected) -> None:
+    uri = http_server.put(name, data)
+    for result in on_ranks(3, lambda rank, group: load(uri, group=group)):
+        assert_same(result, expected)
+
+
+def test_shards(http_server: servers.HTTPServer) -> None:
+    http_server.put("1.safetensors", safetensors.torch.save({"a": STATE["a"]}))
+    http_server.put("2.safetensors", safetensors.torch.save({"b": STATE["b"]}))
+    index = b'{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    uri = http_server.put("index.json", index)
+    for result in on_ranks(3, lambda rank, group: load(uri, group=group)):
+        assert_same(result, {"a": STATE["a"], "b": STATE["b"]})
+    http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    for result in on_ranks(3, lambda rank, group: load(uri, group=group)):
+        assert_same(result, {"a": STATE["a"], "b": STATE["b"]})
+
+
+def test_a_server_without_ranges_is_read_once(http_server: servers.HTTPServer) -> None:
+    data = as_bytes(STATE)
+    uri = http_server.put("a.ckpt", data)
+    http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    for result in on_ranks(3, lambda rank, group: load(uri, group=group)):
+        assert_same(result, STATE)
+    assert [request.status for request in http_server.log].count(200) <= 3  # two were broken off
+
+
+def test_a_server_that_forgets_ranges_is_read_whole_then(http_server, monkeypatch) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    http_server.faults.extend([None, None])  # the first and the last block
+    http_server.fault = lambda request: (
+        None if len(http_server.log) < 3 else servers.Fault(ignore_range=True)
+    )
+    for result in on_ranks(3, lambda rank, group: load(uri, weights, group=group)):
+        assert_same(result, CHECKPOINT["state_dict"])
+
+
+def test_each_rank_may_want_something_else(http_server: servers.HTTPServer) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+
+    def one(rank: int, group: Any) -> Any:
+        if rank == 2:
+            return load(uri, lambda given: given["state_dict"]["large.2"].sum().item(), group=group)
+        return load(uri, weights, include(f"large.{rank}"), group=group)
+
+    first, second, third = on_ranks(3, one)
+    assert_same(first, {"large.0": CHECKPOINT["state_dict"]["large.0"]})
+    assert_same(second, {"large.1": CHECKPOINT["state_dict"]["large.1"]})
+    assert third == CHECKPOINT["state_dict"]["large.2"].sum().item()
+
+
+def test_one_bar_for_all_and_a_function_for_each(http_server, capsys) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    done: dict[int, list[tuple[int, int]]] = {0: [], 1: []}
+    on_ranks(
+        2, lambda rank, group: load(uri, group=group, progress=lambda *a: done[rank].append(a))
+    )
+    assert all(each[-1][0] == each[-1][1] > 30_000_000 for each in done.values())
+    capsys.readouterr()
+    on_ranks(3, lambda rank, group: load(uri, group=group, progress=True))
+    assert len(re.findall("last.ckpt: 100%", capsys.readouterr().err)) == 1
+
+
+# ── what one meets, all raise ─────────────────────────────────────────────────────────────────
+
+
+def raised(size: int, act: Callable[[int, Any], Any]) -> set[str]:
+    """The one error that all ranks raise."""
+    begun = time.monotonic()
+    results = on_ranks(size, act)
+    assert time.monotonic() - begun < 20
+    assert {type(each) for each in results} == {type(results[0])}
+    return {repr(each) for each in results}
+
+
+def test_what_is_not_there_is_not_there_for_all(http_server: servers.HTTPServer) -> None:
+    (said,) = raised(3, lambda rank, group: load(f"{http_server.url}/no.ckpt", group=group))
+    assert said.startswith("CheckpointNotFoundError")
+    assert len(http_server.log) <= 2
+
+
+def test_a_read_of_one_rank_that_fails(http_server: servers.HTTPServer) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+
+    def deny(request: servers.Request) -> servers.Fault | None:
+        first = int(re.findall(r"\d+", request.range)[0])
+        return servers.Fault(status=403) if 2**20 < first < len(data) // 8 else None
+
+    http_server.fault = deny
+    (said,) = raised(4, lambda rank, group: load(uri, weights, group=group))
+    assert said.startswith("AccessDeniedError")
+    http_server.fault = lambda request: servers.Fault(stall=60) if deny(request) else None
+    (said,) = raised(4, lambda rank, group: load(uri, weights, group=group, timeout=1))
+    assert said.startswith("UnreachableError")
+
+
+def test_a_strategy_of_one_rank_that_fails(http_server: servers.HTTPServer) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+
+    class OddError(Exception):
+        def __init__(self, code: int, *, what: str) -> None:
+            super().__init__(f"{code}: {what}")
+
+    def fail(checkpoint: Any) -> Any:
+        raise OddError(3, what="unlikely")
+
+    def one(rank: int, group: Any) -> Any:
+        return load(uri, *([fail] if rank == 1 else []), group=group)
+
+    first, second, third = on_ranks(3, one)
+    assert type(second) is OddError
+    assert type(first) is type(third) is RuntimeError
+    assert "3: unlikely" in str(first)
+
+
+def test_a_model_that_differs_on_one_rank(http_server: servers.HTTPServer) -> None:
+    uri = http_server.put(
+        "last.ckpt", as_bytes({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    )
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)]
+    (said,) = raised(2, lambda rank, group: load_into(models[rank], uri, group=group))
+    assert said.startswith("MismatchError")
+    assert not torch.equal(models[0].weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_bit_that_flips_on_the_way(http_server, always: bool) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+    flips = []
+
+    def flip(request: servers.Request) -> servers.Fault | None:
+        extent = re.fullmatch(r"bytes=(\d+)-(\d+)", request.range)
+        if not extent or not int(extent[1]) < len(data) // 9 <= int(extent[2]):
+            return None
+        flips.append(request)
+        wrong = 8 * (len(data) // 9 - int(extent[1]))
+        return servers.Fault(flip=wrong) if always or len(flips) == 1 else None
+
+    http_server.fault = flip
+    results = on_ranks(3, lambda rank, group: load(uri, weights, group=group))
+    if always:
+        assert {type(each) for each in results} == {CorruptError}
+        assert {str(each) for each in results} == {str(results[0])}
+    else:
+        for result in results:
+            assert_same(result, CHECKPOINT["state_dict"])
+    assert len(flips) == 2
+
+
+def test_a_rank_that_is_gone_ends_the_others(http_server: servers.HTTPServer) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+
+    def one(rank: int, group: Any) -> Any:
+        if rank == 2:
+            with _ckpt_ranks.joined(anemoi_ckpt.Transport(group=group), "here") as ranks:
+                ranks.share()
+                return None
+        return load(uri, group=group)
+
+    begun = time.monotonic()
+    first, second, _, fourth = on_ranks(4, one)
+    assert {type(each) for each in (first, second, fourth)} == {UnreachableError}
+    assert "a rank of the group is gone, or silent" in str(first)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    def one(rank: int, group: Any) -> Any:
+        return load(tmp_path / "a.ckpt", group=group, timeout=1) if rank else None
+
+    torch.save(STATE, tmp_path / "a.ckpt")
+    begun = time.monotonic()
+    _, *others = on_ranks(3, one)
+    assert {type(each) for each in others} == {UnreachableError}
+    assert time.monotonic() - begun < 10
+
+
+def test_an_interrupt_of_the_first_rank_ends_the_others(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.ckpt")
+
+    def interrupt(checkpoint: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def one(rank: int, group: Any) -> Any:
+        try:
+            return load(tmp_path / "a.ckpt", *([] if rank else [interrupt]), group=group)
+        except KeyboardInterrupt:
+            return None
+
+    first, second = on_ranks(2, one)
+    assert first is None
+    assert type(second) is UnreachableError
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_download_by_ranks_is_one_download(http_server: servers.HTTPServer, tmp_path: Path) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+    assert (
+        on_ranks(3, lambda rank, group: download(uri, tmp_path / "a.ckpt", group=group))
+        == [tmp_path / "a.ckpt"] * 3
+    )
+    assert (tmp_path / "a.ckpt").read_bytes() == data
+    assert http_server.bytes_sent < len(data) + 100
+
+
+def test_what_other_disks_lack_comes_from_the_first_rank(http_server, tmp_path: Path) -> None:
+    """Ranks with other paths stand for ranks with other disks; two of them share one."""
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+    folders = [tmp_path / name for name in ("one", "two", "two", "three")]
+    for folder in set(folders):
+        folder.mkdir()
+
+    def one(rank: int, group: Any) -> Path:
+        return download(uri, folders[rank], group=group)
+
+    assert on_ranks(4, one) == [folder / "last.ckpt" for folder in folders]
+    for folder in folders:
+        assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+        assert (folder / "last.ckpt").read_bytes() == data
+    assert http_server.bytes_sent < len(data) + 100
+
+
+def test_a_disk_of_one_rank_that_cannot_be_written_to(http_server, tmp_path: Path) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    (tmp_path / "one").mkdir()
+    places = [tmp_path / "one/a.ckpt", tmp_path / "none/a.ckpt", tmp_path / "one/b.ckpt"]
+    (said,) = raised(3, lambda rank, group: download(uri, places[rank], group=group))
+    assert said.startswith("CheckpointNotFoundError")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["a.ckpt"]
+
+
+def test_a_disk_of_one_rank_that_is_full(http_server, tmp_path: Path, monkeypatch) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+
+    @contextlib.contextmanager
+    def full(place: Any) -> Any:
+        class Sink:
+            def write(self, data: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+        yield Sink()
+
+    monkeypatch.setattr("_ckpt_download.open_writer", full)
+    places = [tmp_path / "a.ckpt", tmp_path / "b.ckpt"]
+    (said,) = raised(2, lambda rank, group: download(uri, places[rank], group=group))
+    assert "No space left" in said
+
+
+def test_what_is_not_there_is_downloaded_by_none(http_server, tmp_path: Path) -> None:
+    (said,) = raised(
+        2, lambda rank, group: download(f"{http_server.url}/no", tmp_path / "a", group=group)
+    )
+    assert said.startswith("CheckpointNotFoundError")
+
+
+def test_a_file_that_gets_shorter_while_it_is_handed_on(http_server, tmp_path, monkeypatch) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    places = [tmp_path / "a.ckpt", tmp_path / "b.ckpt"]
+    sees = _ckpt_download._sees
+
+    def cut(target: Path, first: Any) -> bool:
+        if target == places[0]:
+            os.truncate(target, 10)
+        return sees(target, first)
+
+    monkeypatch.setattr("_ckpt_download._sees", cut)
+    results = on_ranks(2, lambda rank, group: download(uri, places[rank], group=group))
+    assert {type(each) for each in results} == {CorruptError}
+    assert not places[1].exists()
+
+
+def test_the_cache_of_each_machine(http_server: servers.HTTPServer, monkeypatch) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+    (path,) = set(on_ranks(3, lambda rank, group: download(uri, group=group)))
+    assert path.read_bytes() == data
+    for result in on_ranks(3, lambda rank, group: load(uri, weights, cached=True, group=group)):
+        assert_same(result, CHECKPOINT["state_dict"])
+    assert http_server.bytes_sent < len(data) + 1000
+    http_server.deny("last.ckpt")
+    (said,) = raised(3, lambda rank, group: load(uri, cached=True, group=group))
+    assert said.startswith("AccessDeniedError")
+
+
+def test_a_cache_elsewhere_gets_a_note_of_where_its_file_is_from(
+    http_server, tmp_path, monkeypatch
+) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri = http_server.put("last.ckpt", data)
+    mine = threading.local()
+
+    def folder() -> Path:
+        return tmp_path / str(getattr(mine, "rank", 0))
+
+    monkeypatch.setattr("_ckpt_download.cache_folder", folder)
+    monkeypatch.setattr("anemoi_ckpt.cache_folder", folder)
+
+    def one(rank: int, group: Any) -> Path:
+        mine.rank = rank
+        return download(uri, group=group)
+
+    first, second = on_ranks(2, one)
+    assert (first.parts[-3], second.parts[-3]) == ("0", "1")
+    assert second.read_bytes() == data
+    assert (second.parent / ".place").read_text() == uri
