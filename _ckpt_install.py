@@ -36,6 +36,7 @@ _STATES = {  # as Lightning names them, and as training loops of one's own do
 }
 _STATE_KEYS = frozenset(itertools.chain(*_STATES.values()))
 _EXTRA_STATE = "_extra_state"  # ends the name of what a module adds as it likes, in any shape
+_BATCHES = 16  # in which a sharded model gets its parts: each looks at all of the model
 _LISTED = 20  # names in a message; more than that nobody reads
 
 
@@ -320,15 +321,22 @@ def _is_sharded(parameter: Any) -> bool:
 
 
 def _fill_shards(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
-    """Give a sharded model this rank's parts."""
+    """Give a sharded model this rank's parts, and let go of the whole as they are given."""
     from torch.distributed.checkpoint import state_dict as sharded  # noqa: PLC0415 - takes a while
 
-    targets = model.state_dict(keep_vars=True)
-    extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
-    whole = {n: v.detach().to(targets[n].dtype) for n, v in fitting.items() if n not in extra}
-    model.load_state_dict(_like(fitting, extra), strict=False)
     options = sharded.StateDictOptions(full_state_dict=True, strict=False)
-    sharded.set_model_state_dict(model, whole, options=options)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items() if _shape(value)}
+    extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
+    model.load_state_dict(_like(fitting, extra), strict=False)
+    names = [name for name in fitting if name not in extra]
+    most = sum(fitting[name].nbytes for name in names) // _BATCHES
+    batch: dict[str, Any] = {}
+    for name in names:
+        value = fitting.pop(name).detach()
+        batch[name] = value.to(dtypes.get(name, value.dtype))
+        if name == names[-1] or sum(each.nbytes for each in batch.values()) >= most:
+            sharded.set_model_state_dict(model, batch, options=options)
+            batch = {}
 
 
 def _own(value: torch.Tensor) -> torch.Tensor:

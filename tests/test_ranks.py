@@ -5,8 +5,11 @@ Most run the ranks in threads of one process, which gloo allows; some are real p
 
 import contextlib
 import gzip
+import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -466,3 +469,63 @@ def test_a_cache_elsewhere_gets_a_note_of_where_its_file_is_from(
     assert (first.parts[-3], second.parts[-3]) == ("0", "1")
     assert second.read_bytes() == data
     assert (second.parent / ".place").read_text() == uri
+
+
+# ── real processes ────────────────────────────────────────────────────────────────────────────
+
+
+def processes(size: int, folder: Path, *task: str, torchrun: bool = False) -> list[Any]:
+    """What each process gives back; None of one that gave nothing."""
+    worker = [str(ROOT / "tests/ranks_worker.py"), task[0], str(folder), *task[1:]]
+    bare = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if torchrun:
+        options = ["--standalone", "--nproc-per-node", str(size)]
+        commands = [[sys.executable, "-m", "torch.distributed.run", *options, *worker]]
+        environments = [bare]
+    else:
+        port = str(servers.free_port())
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        commands = [[sys.executable, *worker]] * size
+        environments = [{**bare, **world, "RANK": str(rank)} for rank in range(size)]
+    running = [
+        subprocess.Popen(command, env=environment)
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    for process in running:
+        process.wait(120)
+    files = [folder / f"{rank}.json" for rank in range(size)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+
+def test_four_processes(http_server: servers.HTTPServer, tmp_path: Path) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    expected = sum(float(each.double().sum()) for each in CHECKPOINT["state_dict"].values())
+    assert processes(4, tmp_path, "equal", uri, torchrun=True) == [{"sum": expected}] * 4
+    assert http_server.bytes_sent <= 1.02 * NEEDED + 2**20
+
+
+def test_a_process_that_is_killed_ends_the_others(http_server, tmp_path: Path) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    first, dead, *others = processes(4, tmp_path, "killed", uri)
+    assert dead is None
+    for told in (first, *others):
+        assert told["kind"] == "UnreachableError"
+        assert "a rank of the group is gone" in told["error"]
+        assert told["after"] < 20
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_model_under_fsdp2_gets_its_parts(http_server, tmp_path: Path, meta: bool) -> None:
+    width = 2200
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, width) for _ in range(8)]
+    state = torch.nn.Sequential(*layers, torch.nn.BatchNorm1d(width)).state_dict()
+    uri = http_server.put("last.ckpt", as_bytes({"state_dict": dict(state)}))
+    whole = sum(tensor.nbytes for tensor in state.values())
+    for told in processes(2, tmp_path, "sharded", uri, str(meta), str(width)):
+        assert told is not None
+        assert told["right"]
+        assert told["loaded"] == len(state)
+        assert abs(told["local"] - whole / 2) < 0.01 * whole
+        assert told["peak"] < 1.15 * whole + 2**25  # the weights once, what is on its way
+        assert "set_optimizer_state_dict" in told["of_optimizer"]
