@@ -2,9 +2,11 @@
 
     python benchmarks/server.py FOLDER [--port PORT] [--rate BYTES_PER_SECOND] [--delay SECONDS]
 
+A rate is of each connection; `total`, which only a reset sets, is of all of them together.
+
 Speaks plain HTTP (GET and HEAD, Range, If-Match) and as much S3 as reading by path wants: the path
 of an object is `/bucket/key`, below FOLDER; signatures are not looked at. Prints its URL.
-`GET /__stats__` gives the requests since the last `POST /__reset__?rate=…&delay=…` as JSON.
+`GET /__stats__` gives the requests since the last `POST /__reset__?rate=…&delay=…&total=…` as JSON.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import http.server
 import json
 import os
 import re
+import threading
 import time
 import urllib.parse
 from pathlib import Path
@@ -32,6 +35,14 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.folder, self.rate, self.delay = folder, rate, delay
         self.log: list[dict[str, float | str]] = []
+        self.total, self.free, self.lock = 0.0, 0.0, threading.Lock()
+
+    def wait_for_turn(self, sent: int) -> None:
+        """Keep to the rate that all connections have together."""
+        with self.lock:
+            self.free = max(self.free, time.monotonic()) + sent / self.total
+            turn = self.free
+        time.sleep(max(0, turn - time.monotonic()))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -64,6 +75,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         settings = dict(urllib.parse.parse_qsl(url.query))
         self.server.rate = float(settings.get("rate", 0))
         self.server.delay = float(settings.get("delay", 0))
+        self.server.total = float(settings.get("total", 0))
         self.server.log.clear()
         self._text("")
 
@@ -108,12 +120,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _body(self, file: int, start: int, end: int, entry: dict[str, float | str]) -> None:
         rate, began, begin = self.server.rate, time.monotonic(), start
         while start < end:
-            most = min(CHUNK_BYTES, end - start) if rate else end - start
+            slow = rate or self.server.total
+            most = min(CHUNK_BYTES, end - start) if slow else end - start
             sent = os.sendfile(self.connection.fileno(), file, start, most)
             start += sent
             entry["bytes"] = start - begin
             if rate:
                 time.sleep(max(0, began + (start - begin) / rate - time.monotonic()))
+            if self.server.total:
+                self.server.wait_for_turn(sent)
 
     def log_message(self, *_: object) -> None:
         """Stay quiet."""
