@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
@@ -525,7 +526,9 @@ def shown(uri: URI, total: int | None, progress: Progress) -> Iterator[Notify]:
 
         yield count
     elif progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
-        from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a notebook without ipywidgets gets a bar of text
+            from tqdm.auto import tqdm  # noqa: PLC0415 - only where it is shown
 
         delay = PROGRESS_DELAY_SECONDS if progress is None else 0
         with tqdm(total=total, desc=uri.filename, delay=delay, unit="B", unit_scale=True) as bar:

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import boto3
 import hydra
+import nbclient
+import nbformat
 import omegaconf
 import pytest
 import requests
@@ -201,3 +204,51 @@ def test_quickstart() -> None:
     )
     moved, stored = re.search(r"moved ([\d.]+) MB of ([\d.]+) MB stored", done.stdout).groups()
     assert 0.3 < float(moved) / float(stored) < 0.36
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("average", "averaged 10 tensors of 5 checkpoints\nmoved 10[0-9.]+ MB of 31[0-9.]+ MB"),
+        ("custom_place", "'epoch': 3}\nthe archive has no such file"),
+        ("hydra_config", r"loaded 1 +weight\n(.*\n)*renamed 1 +model.weight → weight"),
+        ("lightning_resume", "went on at step 8, and came to step 12"),
+        ("transfer_anemoi", r"knows t_850, z_500, msl, tp, cos_lat\n(.*\n)*mismatched 3 "),
+    ],
+)
+def test_examples(name: str, said: str) -> None:
+    if name == "transfer_anemoi":
+        pytest.importorskip("anemoi.models", reason="pip install -e '.[anemoi]'")
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own
+def test_notebook() -> None:
+    """It runs, and shows what is kept in it, but for ports and times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        kept = nbformat.read(ROOT / "examples/notebook.ipynb", 4)
+        made = copy.deepcopy(kept)
+        folder = {"metadata": {"path": str(ROOT / "examples")}}
+        nbclient.NotebookClient(made, timeout=120, resources=folder).execute()
+    shown = [outputs_of(notebook) for notebook in (kept, made)]
+    assert shown[0] == shown[1]
+    assert sum("<table" in output for output in shown[0]) == 2
+
+
+def outputs_of(notebook: Any) -> list[str]:
+    texts = [
+        json.dumps(output.get("text") or output.get("data"), sort_keys=True)
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    ]
+    return [re.sub(r"127\.0\.0\.1:\d+|in \d+\.\d+ s", "", text) for text in texts]
