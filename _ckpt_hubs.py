@@ -27,6 +27,7 @@ from _ckpt_places import (
     parse_uri,
     register_scheme,
     resolve,
+    without_secrets,
 )
 
 # ── Hugging Face ──────────────────────────────────────────────────────────────────────────────
@@ -178,11 +179,11 @@ def _(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 -
                     uri,
                     f"{tracking} knows no such run or model ({err})",
                     "check the name, and MLFLOW_TRACKING_URI",
-                ) from err
+                ) from without_secrets(err)
             if err.error_code == "INTERNAL_ERROR":  # or no answer at all
                 raise UnreachableError(
                     uri, f"no useful answer of {tracking} ({err})", "check MLFLOW_TRACKING_URI"
-                ) from err
+                ) from without_secrets(err)
             raise
     if location.startswith("mlflow-artifacts:"):
         return _proxied(uri, tracking, location)

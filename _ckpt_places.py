@@ -971,7 +971,7 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         problem = _explain(uri, err, pin)
         if isinstance(problem, AccessDeniedError):
             forget_clients()
-        raise problem from _without_secrets(err)
+        raise problem from without_secrets(err)
 
 
 def _explain(uri: URI, err: Exception, pin: Version | None) -> CheckpointError:
@@ -1061,7 +1061,7 @@ def links(err: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _without_secrets(err: BaseException) -> BaseException:
+def without_secrets(err: BaseException) -> BaseException:
     """Give back the error, or a likeness of it if it or its causes show a secret."""
     if any(redact(str(link)) != str(link) for link in links(err)):
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")

@@ -157,7 +157,7 @@ class Ranks:
             said = str(err)
         del ask  # as above
         raise UnreachableError(
-            self._place, f"a rank of the group is gone, or silent ({said})", "see what it says"
+            self._place, f"a rank of the group is gone, or silent ({said})", "see its own error"
         )
 
 

@@ -137,6 +137,12 @@ __all__ = [
     "save",
 ]
 
+
+def __dir__() -> list[str]:
+    """List what is public, for completion in a shell."""
+    return __all__
+
+
 Strategy = Callable[[Any], Any]
 
 

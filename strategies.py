@@ -60,6 +60,12 @@ __all__ = [
     "weights_only",
 ]
 
+
+def __dir__() -> list[str]:
+    """List what is public, for completion in a shell."""
+    return __all__
+
+
 Strategy = Callable[[Any], Any]
 Model = torch.nn.Module | Mapping[str, Any]
 _Shapes = dict[str, tuple[int, ...] | None]  # None where there is no tensor, or its shape is free

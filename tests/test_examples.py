@@ -53,6 +53,12 @@ def test_every_public_function_has_a_docstring(name: str) -> None:
     assert [public for public in module.__all__ if not getattr(module, public).__doc__] == []
 
 
+@pytest.mark.parametrize("name", ["anemoi_ckpt", "strategies"])
+def test_a_shell_completes_public_names_alone(name: str) -> None:
+    module = importlib.import_module(name)
+    assert dir(module) == sorted(module.__all__)
+
+
 class Indices:
     """As Anemoi's IndexCollection: unknown where the checkpoint is opened."""
 

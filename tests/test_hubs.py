@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -542,6 +543,15 @@ def test_a_tracking_server_that_is_not_there(tracked, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{servers.free_port()}")
     with pytest.raises(UnreachableError, match="check MLFLOW_TRACKING_URI"):
         load("runs:/abc/a.ckpt", retries=1)
+
+
+def test_a_password_of_the_tracking_server_shows_nowhere(tracked, monkeypatch) -> None:
+    nowhere = f"http://me:5ec4e7@127.0.0.1:{servers.free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
+    for text in ("runs:/abc/a.ckpt", "mlflow-artifacts:/a.ckpt"):
+        with pytest.raises(UnreachableError) as caught:
+            load(text, retries=0)
+        assert "5ec4e7" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_credentials_of_the_tracking_server_go_to_it_alone(
