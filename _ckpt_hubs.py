@@ -150,8 +150,10 @@ class _NamedURL(HTTPURI):
 
 
 def _parse_mlflow(text: str) -> URI:
-    path = text.partition(":")[2].lstrip("/")
-    if "/" not in path.strip("/") or path.endswith("/"):
+    scheme, _, path = text.partition(":")
+    path = path.lstrip("/")
+    whose = "/" in path or scheme == "mlflow-artifacts"
+    if not path or not whose or path.endswith("/"):
         raise InvalidURIError(
             text,
             "names no file of a run or model",

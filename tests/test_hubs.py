@@ -516,6 +516,7 @@ def test_a_database_and_a_folder_without_a_server(tracked, tmp_path: Path, monke
     [
         ("runs:/", InvalidURIError, "write runs:/<run_id>/path"),
         ("runs:/abc", InvalidURIError, "names no file"),
+        ("mlflow-artifacts:/", InvalidURIError, "names no file"),
         ("models:/a/1/", InvalidURIError, "names no file"),
         ("runs:/abc/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
         ("models:/none/1/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
