@@ -142,6 +142,25 @@ def test_in_many_waves(http_server: servers.HTTPServer, monkeypatch) -> None:
         assert_same(result, CHECKPOINT)
 
 
+def test_what_goes_by_a_gpu_is_packed(tmp_path: Path, monkeypatch) -> None:
+    """No GPU is here: what would be copied to one is copied in memory, and sent by gloo."""
+    in_waves(monkeypatch)
+    monkeypatch.setattr(_ckpt_ranks, "_has_nccl", lambda group: True)
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    torch.save(CHECKPOINT, tmp_path / "a.ckpt")
+    for result in on_ranks(3, lambda rank, group: load(tmp_path / "a.ckpt", group=group)):
+        assert_same(result, CHECKPOINT)
+
+
+def test_nccl_is_used_where_a_group_has_it(monkeypatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: group)
+    assert not _ckpt_ranks._has_nccl("cpu:gloo,cuda:nccl")  # here is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _ckpt_ranks._has_nccl("cpu:gloo,cuda:nccl")
+    assert not _ckpt_ranks._has_nccl("cpu:gloo")
+
+
 def legacy(obj: Any) -> bytes:
     return as_bytes(obj, _use_new_zipfile_serialization=False)
 
