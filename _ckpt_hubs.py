@@ -113,6 +113,9 @@ def _(uri: HFURI, transport_params: Params = None) -> URI:
 # ── MLflow ────────────────────────────────────────────────────────────────────────────────────
 
 
+_MODEL_ID = "m-[0-9a-f]{32}"
+
+
 @frozen
 class MLflowURI(URI):
     """A file that MLflow keeps.
@@ -149,17 +152,22 @@ class _NamedURL(HTTPURI):
         return {"Authorization": self.authorization} if self.authorization else {}
 
 
+_MLFLOW_FILES = {
+    "runs": r"/+[^/]+/.+",
+    "models": rf"/+(?:[^/@]+@[^/]+|{_MODEL_ID}|[^/]+/[^/]+)/.+",
+    "mlflow-artifacts": r"/+.+",
+}
+
+
 def _parse_mlflow(text: str) -> URI:
     scheme, _, path = text.partition(":")
-    path = path.lstrip("/")
-    whose = "/" in path or scheme == "mlflow-artifacts"
-    if not path or not whose or path.endswith("/"):
+    if not re.fullmatch(_MLFLOW_FILES[scheme], path, re.DOTALL) or path.endswith("/"):
         raise InvalidURIError(
             text,
             "names no file of a run or model",
             "write runs:/<run_id>/path/to/file or models:/<name>/<version or alias>/path/to/file",
         )
-    return MLflowURI(text, path)
+    return MLflowURI(text, path.lstrip("/"))
 
 
 _HOPS = 4  # most that one place of MLflow's is another: a model is in a model is in a run
@@ -169,6 +177,10 @@ _HOPS = 4  # most that one place of MLflow's is another: a model is in a model i
 def _(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 - MLflow has its own
     mlflow: Any = imported("mlflow", uri)
     location, tracking = uri.text, mlflow.get_tracking_uri()
+    if tracking.startswith("sqlite:///") and not Path(tracking.removeprefix("sqlite:///")).exists():
+        raise CheckpointNotFoundError(  # else MLflow would make one
+            uri, f"there is no MLflow database at {tracking}", "set MLFLOW_TRACKING_URI"
+        )
     with explained(uri):
         client = mlflow.MlflowClient()
         try:
@@ -203,7 +215,7 @@ def _mlflow_location(client: Any, location: str) -> str:
     name, _, path = rest.lstrip("/").partition("/")
     if scheme == "runs":
         return f"{client.get_run(name).info.artifact_uri.rstrip('/')}/{path}"
-    if re.fullmatch("m-[0-9a-f]{32}", name):
+    if re.fullmatch(_MODEL_ID, name):
         return f"{client.get_logged_model(name).artifact_location.rstrip('/')}/{path}"
     name, _, version = name.partition("@")
     if not version:

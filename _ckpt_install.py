@@ -325,15 +325,16 @@ def _fill_shards(model: torch.nn.Module, fitting: dict[str, Any]) -> None:
     from torch.distributed.checkpoint import state_dict as sharded  # noqa: PLC0415 - takes a while
 
     options = sharded.StateDictOptions(full_state_dict=True, strict=False)
-    dtypes = {name: value.dtype for name, value in model.state_dict().items() if _shape(value)}
+    dtypes = {n: v.dtype for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     extra = {name: value for name, value in fitting.items() if name.endswith(_EXTRA_STATE)}
     model.load_state_dict(_like(fitting, extra), strict=False)
-    names = [name for name in fitting if name not in extra]
+    # first those without dimensions: torch does not look at them to tell whether a model is on meta
+    names = sorted((n for n in fitting if n not in extra), key=lambda n: fitting[n].dim() > 0)
     most = sum(fitting[name].nbytes for name in names) // _BATCHES
     batch: dict[str, Any] = {}
     for name in names:
         value = fitting.pop(name).detach()
-        batch[name] = value.to(dtypes.get(name, value.dtype))
+        batch[name] = value.to(dtypes[name])
         if name == names[-1] or sum(each.nbytes for each in batch.values()) >= most:
             sharded.set_model_state_dict(model, batch, options=options)
             batch = {}

@@ -201,7 +201,7 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
         return _parse_local(text)
     parser = _PARSERS.get(match[1].lower())
     if parser is None:
-        known = ", ".join(f"{scheme}://" for scheme in _PARSERS)
+        known = ", ".join(_PARSERS)
         raise InvalidURIError(
             text,
             f"the scheme {match[1]}:// is unknown (known: {known}, and plain paths)",
@@ -481,6 +481,17 @@ def _with_client(params: Params, client: Any) -> dict[str, Any]:
 
 def _environment(*prefixes: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
+
+
+@functools.singledispatch
+def connect(uri: URI, transport_params: Params = None) -> None:
+    """Have the client made that many reads at once will want: else each would make one."""
+
+
+@connect.register
+def _(uri: S3URI, transport_params: Params = None) -> None:
+    with explained(uri):
+        _s3_client(uri, transport_params)
 
 
 def _s3_client(uri: S3URI, params: Params) -> Any:
@@ -1009,6 +1020,11 @@ def empty_file(uri: URI) -> CheckpointError:
 
 def _explain_local(uri: LocalURI, err: OSError) -> CheckpointError:
     path = Path(uri.path)
+    scheme = uri.path.partition(":/")[0]
+    if scheme in _PARSERS and isinstance(err, FileNotFoundError | NotADirectoryError):
+        return CheckpointNotFoundError(
+            uri, f"there is no folder {scheme}:", f"write {scheme}:// with two slashes"
+        )
     if isinstance(err, IsADirectoryError):
         return InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
     if isinstance(err, PermissionError):

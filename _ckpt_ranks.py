@@ -115,6 +115,7 @@ class Ranks:
         works = [
             self._broadcast(each, owner) for each in (moved, *map(_tensor, large)) if len(each)
         ]
+        self._sent.append(works)
 
         def finish() -> None:
             while works:

@@ -33,6 +33,7 @@ from _ckpt_places import (
     Params,
     UnrangedError,
     Version,
+    connect,
     empty_file,
     explained,
     forget_clients,
@@ -339,6 +340,11 @@ def _(
     return Version(number * SHARD_BYTES + version.size)
 
 
+@connect.register
+def _(uri: JoinedURI, transport_params: Params = None) -> None:
+    connect(uri.shards[0].uri, transport_params)
+
+
 def join(place: URI, shards: Sequence[Source], account: Source) -> Source:
     """Make one source of several, which moves, and is stopped, on the account of one of them."""
     version = Version(sum(shard.size for shard in shards))
@@ -452,6 +458,7 @@ def in_parallel(tasks: Sequence[Callable[[], _T]], source: Source) -> list[_T]:
     """
     if len(tasks) == 1:
         return [tasks[0]()]
+    connect(source.uri, source.transport.params)
     at_work: set[int] = set()  # identifiers of threads
 
     def run(task: Callable[[], _T]) -> _T:

@@ -334,7 +334,8 @@ def test_an_index_that_is_wrong(tmp_path: Path, index: bytes, error, said: str) 
 
 
 def test_shards_of_old_torch_and_of_another_byte_order(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    old = {"w": torch.ones(2), "module": torch.nn.Linear(1, 1)}
+    torch.save(old, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     torch.save({"v": torch.ones(3)}, tmp_path / "new.bin")
     index, big = tmp_path / "index.json", tmp_path / "big.bin"
     index.write_text(json.dumps({"weight_map": {"w": "old.bin", "v": "new.bin"}}))
@@ -405,7 +406,7 @@ def logged(client: mlflow.MlflowClient, folder: Path) -> str:
     return run
 
 
-def test_a_checkpoint_that_lightning_logged(tracked, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lightning_logged(tracked, mlflow_server: str, tmp_path: Path) -> None:
     import lightning
     from lightning.pytorch.loggers import MLFlowLogger
 
@@ -420,7 +421,7 @@ def test_a_checkpoint_that_lightning_logged(tracked, tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters())
 
-    logger = MLFlowLogger("weather", log_model=True)
+    logger = MLFlowLogger("weather", tracking_uri=mlflow_server, log_model=True)
     quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(
         max_epochs=2,
@@ -507,6 +508,11 @@ def test_a_database_and_a_folder_without_a_server(tracked, tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     run = logged(mlflow.MlflowClient(), tmp_path)
     assert_same(load(f"runs:/{run}/dir/a b.ckpt", weights), CHECKPOINT["state_dict"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(CheckpointNotFoundError, match="there is no MLflow database at"):
+        load(f"runs:/{run}/dir/a b.ckpt")
+    assert not (tmp_path / "none.db").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(InvalidURIError, match="set MLFLOW_TRACKING_URI to the server's URL"):
         load(f"mlflow-artifacts:/0/{run}/artifacts/dir/a b.ckpt")
 
@@ -518,6 +524,8 @@ def test_a_database_and_a_folder_without_a_server(tracked, tmp_path: Path, monke
         ("runs:/abc", InvalidURIError, "names no file"),
         ("mlflow-artifacts:/", InvalidURIError, "names no file"),
         ("models:/a/1/", InvalidURIError, "names no file"),
+        ("models:/a/last.ckpt", InvalidURIError, "names no file"),
+        ("models:/@x/a.ckpt", InvalidURIError, "names no file"),
         ("runs:/abc/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
         ("models:/none/1/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
         ("models:/none/best/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),

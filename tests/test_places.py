@@ -115,7 +115,7 @@ def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
     ("text", "said"),
     [
         ("", "the path is empty"),
-        ("ftp://host/a", "unknown (known: file://, http://, https://, s3://"),
+        ("ftp://host/a", "unknown (known: file, http, https, s3, gs, "),
         ("ftp://host/a", "add it with register_scheme('ftp', parser)"),
         ("s3://", "names no bucket"),
         ("s3:///a", "names no bucket"),
@@ -134,6 +134,17 @@ def test_a_text_that_names_no_place(text: str, said: str) -> None:
     assert said in str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert text in str(caught.value)
+
+
+def test_a_scheme_with_one_slash_is_a_folder_unless_there_is_none(
+    tmp_path: Path, monkeypatch
+) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="write s3:// with two slashes"):
+        load("s3:/bucket/a.ckpt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:").mkdir()
+    (tmp_path / "s3:/a.ckpt").write_bytes(as_bytes({"epoch": 3}))
+    assert load("s3:/a.ckpt") == {"epoch": 3}
 
 
 def test_a_scheme_of_ones_own_needs_a_parser_and_a_handler(tmp_path: Path) -> None:

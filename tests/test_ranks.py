@@ -5,6 +5,7 @@ Most run the ranks in threads of one process, which gloo allows; some are real p
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
     CorruptError,
+    MismatchError,
     UnreachableError,
     download,
     load,
@@ -258,7 +260,7 @@ def test_what_is_not_there_is_not_there_for_all(http_server: servers.HTTPServer)
     assert len(http_server.log) <= 2
 
 
-def test_a_read_of_one_rank_that_fails(http_server: servers.HTTPServer) -> None:
+def test_a_read_of_one_rank_that_fails(http_server, monkeypatch) -> None:
     data = as_bytes(CHECKPOINT)
     uri = http_server.put("last.ckpt", data)
 
@@ -267,6 +269,9 @@ def test_a_read_of_one_rank_that_fails(http_server: servers.HTTPServer) -> None:
         return servers.Fault(status=403) if 2**20 < first < len(data) // 8 else None
 
     http_server.fault = deny
+    (said,) = raised(4, lambda rank, group: load(uri, weights, group=group))
+    assert said.startswith("AccessDeniedError")
+    in_waves(monkeypatch)  # while what came before is still on its way to the others
     (said,) = raised(4, lambda rank, group: load(uri, weights, group=group))
     assert said.startswith("AccessDeniedError")
     http_server.fault = lambda request: servers.Fault(stall=60) if deny(request) else None
@@ -454,6 +459,26 @@ def test_a_file_that_gets_shorter_while_it_is_handed_on(http_server, tmp_path, m
     assert not places[1].exists()
 
 
+def test_bytes_that_change_between_ranks(http_server, tmp_path: Path, monkeypatch) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    places = [tmp_path / "a.ckpt", tmp_path / "b.ckpt"]
+    send = _ckpt_ranks.Ranks.send
+
+    def flip(self: Any, views: Any, owner: int) -> Any:
+        finish = send(self, views, owner)
+
+        def finish_wrongly() -> None:
+            finish()
+            views[0][0] ^= self.rank
+
+        return finish_wrongly
+
+    monkeypatch.setattr(_ckpt_ranks.Ranks, "send", flip)
+    (said,) = raised(2, lambda rank, group: download(uri, places[rank], group=group))
+    assert said.startswith("CorruptError")
+    assert not places[1].exists()
+
+
 def test_the_cache_of_each_machine(http_server: servers.HTTPServer, monkeypatch) -> None:
     data = as_bytes(CHECKPOINT)
     uri = http_server.put("last.ckpt", data)
@@ -490,6 +515,39 @@ def test_a_cache_elsewhere_gets_a_note_of_where_its_file_is_from(
     assert (second.parent / ".place").read_text() == uri
 
 
+# ── sharded models ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def world() -> Any:
+    """This process as the one rank of a process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch's: of several devices
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_sharded_model_of_one_rank(world: Any, tmp_path: Path, device: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    source = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64)).bfloat16()
+    torch.save({"state_dict": source.state_dict(), "optimizer_states": [{}]}, tmp_path / "a.ckpt")
+    with torch.device(device):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    report = load_into(model, tmp_path / "a.ckpt", group=world)
+    assert report.loaded == tuple(source.state_dict())
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        wanted = source.state_dict()[name]
+        assert_same(whole, wanted.float() if wanted.is_floating_point() else wanted)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(MismatchError, match="set_optimizer_state_dict"):
+        load_into(model, tmp_path / "a.ckpt", optimizer=optimizer)
+
+
 # ── real processes ────────────────────────────────────────────────────────────────────────────
 
 
@@ -518,8 +576,9 @@ def processes(size: int, folder: Path, *task: str, torchrun: bool = False) -> li
 
 def test_four_processes(http_server: servers.HTTPServer, tmp_path: Path) -> None:
     uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
-    expected = sum(float(each.double().sum()) for each in CHECKPOINT["state_dict"].values())
-    assert processes(4, tmp_path, "equal", uri, torchrun=True) == [{"sum": expected}] * 4
+    data = b"".join(tensor.numpy().tobytes() for tensor in CHECKPOINT["state_dict"].values())
+    expected = {"sha256": hashlib.sha256(data).hexdigest()}
+    assert processes(4, tmp_path, "equal", uri, torchrun=True) == [expected] * 4
     assert http_server.bytes_sent <= 1.02 * NEEDED + 2**20
 
 
