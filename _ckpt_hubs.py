@@ -73,7 +73,7 @@ class HFURI(HTTPURI):
 
 
 _HUB = re.compile(
-    r"hf://((?:datasets/|spaces/)?[^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.*[^/])"
+    r"(?i:hf)://((?:datasets/|spaces/)?[^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.*[^/])"
 )
 
 
@@ -161,7 +161,7 @@ _MLFLOW_FILES = {
 
 def _parse_mlflow(text: str) -> URI:
     scheme, _, path = text.partition(":")
-    if not re.fullmatch(_MLFLOW_FILES[scheme], path, re.DOTALL) or path.endswith("/"):
+    if not re.fullmatch(_MLFLOW_FILES[scheme.lower()], path, re.DOTALL) or path.endswith("/"):
         raise InvalidURIError(
             text,
             "names no file of a run or model",
@@ -176,7 +176,8 @@ _HOPS = 4  # most that one place of MLflow's is another: a model is in a model i
 @resolve.register
 def _(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 - MLflow has its own
     mlflow: Any = imported("mlflow", uri)
-    location, tracking = uri.text, mlflow.get_tracking_uri()
+    scheme, _, path = uri.text.partition(":")
+    location, tracking = f"{scheme.lower()}:{path}", mlflow.get_tracking_uri()
     if tracking.startswith("sqlite:///") and not Path(tracking.removeprefix("sqlite:///")).exists():
         raise CheckpointNotFoundError(  # else MLflow would make one
             uri, f"there is no MLflow database at {tracking}", "set MLFLOW_TRACKING_URI"

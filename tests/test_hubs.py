@@ -80,11 +80,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ("hf://a/b@my%2Fbranch/c d.ckpt", "a/b", "my/branch", "c d.ckpt"),
         ("hf://datasets/a/b/c.ckpt", "datasets/a/b", "main", "c.ckpt"),
         ("hf://a/b/c@d.ckpt", "a/b", "main", "c@d.ckpt"),
+        ("HF://A/b/c.ckpt", "A/b", "main", "c.ckpt"),
     ],
 )
 def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None:
     assert parse_uri(text) == HFURI(text, repo, path, revision)
     assert parse_uri(text).filename == path.rpartition("/")[2]
+    assert CheckpointNotFoundError(text, "", "").place == text  # a revision is no password
 
 
 @pytest.mark.parametrize(
@@ -461,6 +463,7 @@ def test_the_ways_to_name_what_mlflow_keeps(tracked, tmp_path: Path) -> None:
         f"models:/{name}/champion/a b.ckpt",
         f"models:/{name}@champion/a b.ckpt",
         f"models:/{model.model_id}/a b.ckpt",
+        f"Runs://{run}/dir/a b.ckpt",
         f"mlflow-artifacts:/0/{run}/artifacts/dir/a b.ckpt",
     ):
         assert_same(load(text, weights), CHECKPOINT["state_dict"])
