@@ -15,7 +15,12 @@ from typing import Any, BinaryIO, ClassVar
 
 from attrs import evolve, field, frozen
 
-from _ckpt_errors import CheckpointNotFoundError, InvalidURIError, UnreachableError
+from _ckpt_errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidURIError,
+    UnreachableError,
+)
 from _ckpt_places import (
     HTTPURI,
     URI,
@@ -189,17 +194,16 @@ def _(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 -
                 if location.startswith(("runs:/", "models:/")):
                     location = _mlflow_location(client, location)
         except mlflow.exceptions.MlflowException as err:
-            if err.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise CheckpointNotFoundError(
-                    uri,
-                    f"{tracking} knows no such run or model ({err})",
-                    "check the name, and MLFLOW_TRACKING_URI",
-                ) from without_secrets(err)
-            if err.error_code == "INTERNAL_ERROR":  # or no answer at all
-                raise UnreachableError(
-                    uri, f"no useful answer of {tracking} ({err})", "check MLFLOW_TRACKING_URI"
-                ) from without_secrets(err)
-            raise
+            status = err.get_http_status_code()
+            if status in {401, 403}:
+                raise
+            kind: type[CheckpointError] = (
+                UnreachableError  # what it says of itself, or of no answer
+            )
+            if status < 500:  # noqa: PLR2004 - server errors
+                kind = CheckpointNotFoundError if status == 404 else CheckpointError  # noqa: PLR2004
+            remedy = "check the name, and MLFLOW_TRACKING_URI"
+            raise kind(uri, f"{tracking} says: {err}", remedy) from without_secrets(err)
     if location.startswith("mlflow-artifacts:"):
         return _proxied(uri, tracking, location)
     found = parse_uri(location)

@@ -29,6 +29,7 @@ from anemoi_ckpt import (
     AzureURI,
     Buffers,
     ChangedError,
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptError,
     InvalidURIError,
@@ -461,6 +462,7 @@ def test_the_ways_to_name_what_mlflow_keeps(tracked, tmp_path: Path) -> None:
         f"models:/{name}/{first.version}/a b.ckpt",
         f"models:/{name}/{second.version}/a b.ckpt",
         f"models:/{name}/champion/a b.ckpt",
+        f"models:/{name}/latest/a b.ckpt",
         f"models:/{name}@champion/a b.ckpt",
         f"models:/{model.model_id}/a b.ckpt",
         f"Runs://{run}/dir/a b.ckpt",
@@ -529,10 +531,10 @@ def test_a_database_and_a_folder_without_a_server(tracked, tmp_path: Path, monke
         ("models:/a/1/", InvalidURIError, "names no file"),
         ("models:/a/last.ckpt", InvalidURIError, "names no file"),
         ("models:/@x/a.ckpt", InvalidURIError, "names no file"),
-        ("runs:/abc/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
-        ("models:/none/1/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
-        ("models:/none/best/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
-        ("models:/bad'name@x/a.ckpt", CheckpointNotFoundError, "knows no such run or model"),
+        ("runs:/abc/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
+        ("models:/none/1/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
+        ("models:/none/best/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
+        ("models:/bad'name@x/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
         ("mlflow-artifacts:/none/a.ckpt", CheckpointNotFoundError, "there is no such object"),
     ],
 )
@@ -540,6 +542,15 @@ def test_what_mlflow_does_not_know(tracked, text: str, error, said: str) -> None
     with pytest.raises(error, match=said) as caught:
         load(text)
     assert caught.value.place == text
+
+
+def test_what_mlflow_finds_wrong_is_told(tracked, http_server, monkeypatch) -> None:
+    said = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "an odd run"}'
+    http_server.fault = lambda request: servers.Fault(status=400, body=said)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", http_server.url)
+    with pytest.raises(CheckpointError, match="INVALID_PARAMETER_VALUE: an odd run") as caught:
+        load("runs:/abc/a.ckpt")
+    assert type(caught.value) is CheckpointError
 
 
 def test_a_model_that_is_said_to_be_in_itself(tracked, http_server, monkeypatch) -> None:
@@ -553,7 +564,7 @@ def test_a_model_that_is_said_to_be_in_itself(tracked, http_server, monkeypatch)
 
 def test_a_tracking_server_that_is_not_there(tracked, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{servers.free_port()}")
-    with pytest.raises(UnreachableError, match="check MLFLOW_TRACKING_URI"):
+    with pytest.raises(UnreachableError, match="check the name, and MLFLOW_TRACKING_URI"):
         load("runs:/abc/a.ckpt", retries=1)
 
 
