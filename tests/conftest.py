@@ -19,6 +19,8 @@ import pytest
 
 import servers
 
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported, as tests are collected
+
 KINDS = ("local", "http", "s3", "gcs", "azure")
 
 # Whatever could lead a test to the tester's own clouds, or through a proxy.
