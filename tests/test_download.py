@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,10 +202,8 @@ def test_a_folder_that_vanishes(http_server, tmp_path: Path) -> None:
     folder = tmp_path / "to"
     folder.mkdir()
 
-    def vanish() -> None:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    def vanish() -> None:  # at once: a file may be made while others are removed
+        shutil.rmtree(folder.rename(tmp_path / "gone"))
 
     http_server.fault = lambda request: (
         servers.Fault(before=vanish) if len(http_server.log) == 2 else None
