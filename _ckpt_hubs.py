@@ -201,7 +201,7 @@ def _(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 -
                 UnreachableError  # what it says of itself, or of no answer
             )
             if status < 500:  # noqa: PLR2004 - server errors
-                kind = CheckpointNotFoundError if status == 404 else CheckpointError  # noqa: PLR2004
+                kind = CheckpointNotFoundError if status == 404 else CheckpointError  # noqa: PLR2004 - not found
             remedy = "check the name, and MLFLOW_TRACKING_URI"
             raise kind(uri, f"{tracking} says: {err}", remedy) from without_secrets(err)
     if location.startswith("mlflow-artifacts:"):

@@ -29,10 +29,7 @@ from typing import Any
 import torch
 from attrs import evolve, frozen
 
-from _ckpt_archive import (
-    Archive,
-    unreadable,
-)
+from _ckpt_archive import Archive, unreadable
 from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
 from _ckpt_download import (
     Transfer,

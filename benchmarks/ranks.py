@@ -23,7 +23,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.load import URI, Bench, boto3_file, checksum, made_checkpoint, serving  # noqa: E402
+from benchmarks.load import URI, Bench, boto3_file, checksum, made_checkpoint, serving  # noqa: E402 - found now
 
 # ── the competitors ───────────────────────────────────────────────────────────────────────────
 
