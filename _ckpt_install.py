@@ -15,10 +15,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from _ckpt_errors import MismatchError
 from _ckpt_tables import Table, folded, section
+from _ckpt_variables import (
+    Alignment,
+    Variables,
+    compare,
+    misplaced,
+    paired,
+    read_checkpoint,
+    read_model,
+)
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape]]  # in the checkpoint, in the model
@@ -49,6 +58,8 @@ class Before:
 
     shapes: Mapping[str, Shape | None]
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
+    variables: Mapping[str, Variables]  # those that the weights are in the order of
+    alignment: Alignment  # with others, so far
 
 
 class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
@@ -85,7 +96,19 @@ def look(checkpoint: Any) -> Before:
     tensors = {name: t for name, t in (found or {}).items() if isinstance(t, torch.Tensor)}
     # weakly: what the strategies drop must not count as needed
     names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
-    return Before({name: _shape(tensor) for name, tensor in tensors.items()}, names)
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    return Before(shapes, names, read_checkpoint(checkpoint), Alignment({}, {}))
+
+
+def realign(before: Before, alignment: Alignment) -> Before:
+    """Note that a strategy puts the weights into the order of other variables."""
+    so_far = before.alignment
+    first = {d: (so_far.pairs.get(d, pair)[0], pair[1]) for d, pair in alignment.pairs.items()}
+    return evolve(
+        before,
+        variables={**before.variables, **{d: new for d, (_, new) in alignment.pairs.items()}},
+        alignment=Alignment(so_far.pairs | first, so_far.tensors | alignment.tensors),
+    )
 
 
 def match(
@@ -100,8 +123,8 @@ def match(
     The states of optimizers and schedulers are kept where there is one to receive them.
 
     Raises:
-        MismatchError: a shape differs, there are no weights at all, another number of states, or an
-            optimizer that would lose its parameters.
+        MismatchError: a shape differs, or the order of variables; there are no weights at all,
+            another number of states, or an optimizer that would lose its parameters.
     """
     _check_optimizers(place, receivers.get("optimizer", ()))
     found, rest = split(checkpoint)
@@ -130,6 +153,14 @@ def match(
             place,
             f"{len(strange)} are no tensors of the model's layout: {_listed(strange)}",
             "leave them out with exclude",
+        )
+    told = misplaced(model, fitting, read_checkpoint(checkpoint) or before.variables)
+    if told:
+        raise MismatchError(
+            place,
+            told,
+            "put align_variables(model=model) before all else; if a strategy of yours has done so,"
+            " give load_into what load(place, …) gave, as a state dict",
         )
     filled = {id(model_tensors[name]) for name in fitting}  # one of tied names fills all
     absent = [name for name, value in model_tensors.items() if id(value) not in filled]
@@ -381,6 +412,8 @@ class Report(Table):
     bytes_stored: int
     seconds: float
     rest: Mapping[str, Any]  # what the checkpoint held beside the weights
+    variables: Mapping[str, tuple[str, ...]]  # kept, of these moved; new, gone: if both sides tell
+    aligned: tuple[str, ...]  # tensors that were put into the order of the model's variables
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
@@ -395,9 +428,31 @@ class Report(Table):
             "renamed": _arrows(self.renamed),
             "restored": self.restored,
         }
+        if self.variables:
+            sections["aligned"] = folded(self.aligned)
         for heading, lines in sections.items():
             rows += section(f"{heading} {len(getattr(self, heading))}", lines)
+        told = [f"{len(n)} {kind}: {_listed(n)}" for kind, n in self.variables.items() if n]
+        rows += section("variables", told) if told else []
         return [*rows, ("rest", ", ".join(map(str, self.rest)))]
+
+
+def variables_told(model: torch.nn.Module, before: Before) -> dict[str, tuple[str, ...]]:
+    """List the variables kept, moved, new and gone; nothing where one side does not tell."""
+    pairs = {**paired(before.variables, read_model(model)), **before.alignment.pairs}
+    told: dict[str, tuple[str, ...]] = {}
+    for dataset, (old, new) in pairs.items():
+        found = compare(old.index, new.index)
+        kinds = {
+            "kept": [name for name in new.index if name in old.index],
+            "moved": found["moved"],
+            "new": found["added"],
+            "gone": found["removed"],
+        }
+        front = f"{dataset}." if len(pairs) > 1 else ""
+        for kind, names in kinds.items():
+            told[kind] = told.get(kind, ()) + tuple(front + name for name in names)
+    return told
 
 
 def _arrows(renamed: Mapping[str, str]) -> list[str]:

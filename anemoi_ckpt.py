@@ -58,7 +58,17 @@ from _ckpt_fetch import Fetcher, memory
 from _ckpt_hollow import Ledger, asks_for_values, build
 from _ckpt_hubs import HFURI, MLflowURI
 from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
-from _ckpt_install import Before, Match, Report, check_enough, install, look, match
+from _ckpt_install import (
+    Before,
+    Match,
+    Report,
+    check_enough,
+    install,
+    look,
+    match,
+    realign,
+    variables_told,
+)
 from _ckpt_open import compression, read_archive, read_archive_shared
 from _ckpt_places import (
     GCSURI,
@@ -586,8 +596,9 @@ def load_into(  # noqa: PLR0913 - by keyword
         progress: as for `load`.
 
     Raises:
-        MismatchError: shapes differ (that no strategy left out), nothing fits, less than was
-            required, or an optimizer of parameters on the meta device. The model is as it was.
+        MismatchError: shapes differ (that no strategy left out), variables stand elsewhere (and no
+            strategy aligned them), nothing fits, less than was required, or an optimizer of
+            parameters on the meta device. The model is as it was.
         CheckpointError: as `load`.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -607,12 +618,24 @@ def load_into(  # noqa: PLR0913 - by keyword
         before[:] = [look(given)]
         return given
 
+    def noted(strategy: Strategy) -> Strategy:
+        if not hasattr(strategy, "alignment"):  # strategies.align_variables tells it
+            return strategy
+
+        def note(given: Any) -> Any:
+            before[:] = [realign(before[0], strategy.alignment(given))]
+            return strategy(given)
+
+        return note
+
     def end(given: Any) -> Any:
         found = match(place.text, model, given, before[0], receivers)
         check_enough(place.text, model, found, require, strict=strict)
         return found
 
-    every = (begin, *strategies, end)
+    # what strategies.compose has put together, one by one
+    parts = [p for each in strategies for p in reversed(getattr(each, "composed", (each,)))]
+    every = (begin, *map(noted, parts), end)
     if held is None:
         transport = Transport(transport_params, retries, timeout, cached, group)
         loaded = _load(place, every, trusted(trust), transport, progress)
@@ -633,6 +656,8 @@ def load_into(  # noqa: PLR0913 - by keyword
         bytes_stored=loaded.stored,
         seconds=time.perf_counter() - begun,
         rest=found.rest,
+        variables=variables_told(model, before[0]),
+        aligned=tuple(before[0].alignment.tensors),
     )
 
 

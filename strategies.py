@@ -26,8 +26,33 @@ from typing import Any, Literal
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from _ckpt_variables import (
+    NO_VARIABLES,
+    Alignment,
+    Layout,
+    Plan,
+    Variables,
+    anemoi_layout,
+    axes,
+    changed,
+    check_new,
+    differences,
+    disagreement,
+    few,
+    misplaced,
+    origins,
+    paired,
+    read_checkpoint,
+    read_given,
+    read_layout,
+    read_model,
+    rewritten,
+)
+
 __all__ = [
     "add_prefix",
+    "align_variables",
+    "anemoi_layout",
     "average",
     "cast",
     "cold_start",
@@ -69,8 +94,6 @@ def __dir__() -> list[str]:
 Strategy = Callable[[Any], Any]
 Model = torch.nn.Module | Mapping[str, Any]
 _Shapes = dict[str, tuple[int, ...] | None]  # None where there is no tensor, or its shape is free
-
-_LISTED = 20  # names in a message; more than that nobody reads
 
 
 # ── compose ───────────────────────────────────────────────────────────────────────────────────
@@ -211,7 +234,7 @@ def weights(checkpoint: Any) -> Mapping[str, Any]:
     path = _path(checkpoint)
     if path is None:
         held = checkpoint if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
-        raise ValueError(f"no state dict under any of {', '.join(_WEIGHTS)} in {_few(held)}")
+        raise ValueError(f"no state dict under any of {', '.join(_WEIGHTS)} in {few(held)}")
     found: Any = functools.reduce(lambda held, key: held[key], path, checkpoint)
     state_dict: Mapping[str, Any] = found.state_dict() if _is_module(found) else found
     return state_dict
@@ -249,7 +272,7 @@ def drop(*keys: str, missing_ok: bool = False) -> Strategy:
         held = _mapping(checkpoint)
         absent = [key for key in keys if key not in held]
         if absent and not missing_ok:
-            raise ValueError(f"no {_few(absent)} to drop; there are: {_few(held)}")
+            raise ValueError(f"no {few(absent)} to drop; there are: {few(held)}")
         return _like(held, {key: value for key, value in held.items() if key not in keys})
 
     return dropped
@@ -325,7 +348,7 @@ def prefer_ema(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if averaged is None:
         raise ValueError(
             f"no averaged weights under averaging_state, {', '.join(_EMA)}, nor under these in a "
-            f"callback's state; there are: {_few(held)}"
+            f"callback's state; there are: {few(held)}"
         )
     path = _path(held)
     if path is None:
@@ -334,8 +357,8 @@ def prefer_ema(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     strange = [name for name in averaged if name not in state_dict]
     if strange:
         raise ValueError(
-            f"averaged weights that are not among the weights: {_few(strange)}; "
-            f"these are: {_few(state_dict)}"
+            f"averaged weights that are not among the weights: {few(strange)}; "
+            f"these are: {few(state_dict)}"
         )
     result: dict[str, Any] = _put(held, path, _like(state_dict, {**state_dict, **averaged}))
     return result
@@ -447,7 +470,7 @@ def _chosen(names: Iterable[str], globs: Iterable[str], *, missing_ok: bool = Fa
         found = {name for name in names if _is_chosen(name, glob)}
         if not found and not missing_ok:
             raise ValueError(
-                f"{glob!r} chooses nothing{_hint(names, glob)}; there are: {_few(names)}"
+                f"{glob!r} chooses nothing{_hint(names, glob)}; there are: {few(names)}"
             )
         chosen |= found
     return chosen
@@ -463,19 +486,12 @@ def _hint(names: Sequence[str], glob: str) -> str:
         return f", though '*.{glob}' would"
     known = dict.fromkeys(part for name in names for part in (name, *_above(name)))
     near = difflib.get_close_matches(glob, known, cutoff=0.8)
-    return f", though {_few(map(repr, near))} would" if near else ""
+    return f", though {few(map(repr, near))} would" if near else ""
 
 
 def _above(name: str) -> list[str]:
     """Give the modules that a name is in: of ``a.b.c``, ``a`` and ``a.b``."""
     return [name[:place] for place, letter in enumerate(name) if letter == "."]
-
-
-def _few(names: Iterable[Any]) -> str:
-    """List names for a message, the first of them where there are many."""
-    texts = [str(name) for name in names]
-    more = f", ... and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
-    return (", ".join(texts[:_LISTED]) or "none") + more
 
 
 # ── fit ───────────────────────────────────────────────────────────────────────────────────────
@@ -502,7 +518,7 @@ def filter_shapes(model: Model) -> Strategy:
         fits = [name for name in held if name in wanted and held[name] == wanted[name]]
         return _like(state_dict, {name: state_dict[name] for name in fits})
 
-    return filtered
+    return _in_order(model, filtered)
 
 
 def require_match(model: Model, *, missing: bool = True, unexpected: bool = True) -> Strategy:
@@ -534,7 +550,7 @@ def require_match(model: Model, *, missing: bool = True, unexpected: bool = True
             raise ValueError(f"the weights do not match the model{told}")
         return state_dict
 
-    return required
+    return _in_order(model, required)
 
 
 def pad_or_slice(model: Model, *, fill: Literal["model", "zeros"] = "model") -> Strategy:
@@ -584,7 +600,7 @@ def pad_or_slice(model: Model, *, fill: Literal["model", "zeros"] = "model") -> 
 
         return _change(state_dict, chosen, fit)
 
-    return fitted
+    return _in_order(model, fitted)
 
 
 def take(glob: str, dim: int, index: Sequence[int] | torch.Tensor) -> Strategy:
@@ -614,7 +630,7 @@ def take(glob: str, dim: int, index: Sequence[int] | torch.Tensor) -> Strategy:
         strange = [place for place in places if not -size <= place < size]
         if strange or not known:
             raise ValueError(
-                f"cannot take {_few(strange)} along dim {dim} of {name}: its shape is "
+                f"cannot take {few(strange)} along dim {dim} of {name}: its shape is "
                 f"{tuple(tensor.shape)}"
             )
         where = torch.tensor(
@@ -628,6 +644,23 @@ def take(glob: str, dim: int, index: Sequence[int] | torch.Tensor) -> Strategy:
         return _change(state_dict, dict.fromkeys(chosen), taken)
 
     return reordered
+
+
+def _in_order(model: Model, strategy: Strategy) -> Strategy:
+    """Refuse what fits the model by shape alone: where it has other variables."""
+    if not isinstance(model, torch.nn.Module) or not read_model(model):
+        return strategy
+    wanted = _shapes(weights(model))
+
+    def checked(checkpoint: Any) -> Any:
+        fitted = strategy(checkpoint)
+        fits = [n for n, shape in _shapes(weights(fitted)).items() if wanted.get(n) == shape]
+        told = misplaced(model, fits, read_checkpoint(checkpoint))
+        if told:
+            raise ValueError(f"{told}; put align_variables(model=model) before")
+        return fitted
+
+    return checked
 
 
 def _tensors(what: str, model: Any) -> Mapping[str, Any]:
@@ -662,9 +695,7 @@ def _differences(
             if name in wanted and wanted[name] != shape
         ],
     }
-    return "".join(
-        f"\n  {kind} ({len(told)}): {_few(told)}" for kind, told in kinds.items() if told
-    )
+    return "".join(f"\n  {kind} ({len(told)}): {few(told)}" for kind, told in kinds.items() if told)
 
 
 def _said(shape: tuple[int, ...] | None) -> str:
@@ -805,7 +836,7 @@ def _renamed(state_dict: Mapping[str, Any], new_name: Callable[[str], str]) -> d
             clashes.append(f"{before[new]} and {name} both become {new}")
         before[new] = name
     if clashes:
-        raise ValueError(f"names clash: {_few(clashes)}")
+        raise ValueError(f"names clash: {few(clashes)}")
     made = _like(state_dict, {new: state_dict[name] for new, name in before.items()})
     # A module's version stands under its path: what its entries begin with is renamed as they are.
     # Where a module takes the place of the one around it, it comes after it, and its version holds.
@@ -939,9 +970,9 @@ def merge(*others: Any, clash: Literal["warn", "last", "first", "error"] = "warn
             clashes |= {n: None for n, v in other.items() if n in items and items[n] is not v}
             items = {**items, **other} if clash != "first" else items | {**other, **items}
         if clashes and clash == "error":
-            raise ValueError(f"names clash in merging ({len(clashes)}): {_few(clashes)}")
+            raise ValueError(f"names clash in merging ({len(clashes)}): {few(clashes)}")
         if clashes and clash == "warn":
-            told = f"names clash in merging ({len(clashes)}), the last wins: {_few(clashes)}"
+            told = f"names clash in merging ({len(clashes)}), the last wins: {few(clashes)}"
             warnings.warn(told, stacklevel=3)  # where the strategy is called
         versions = {path: v for each in (state_dict, *held) for path, v in _metadata(each).items()}
         return _with_metadata(_like(state_dict, items), versions)
@@ -1003,7 +1034,7 @@ def keep_progress(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     absent = [] if found & set(_COUNTS) else ["epoch or step"]
     absent += [] if found & {key for key in _OPTIMIZER if "optim" in key} else ["optimizer state"]
     if absent:
-        raise ValueError(f"no progress to keep: no {', no '.join(absent)}; there are: {_few(held)}")
+        raise ValueError(f"no progress to keep: no {', no '.join(absent)}; there are: {few(held)}")
     return checkpoint
 
 
@@ -1028,11 +1059,10 @@ def variables(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 
     See Also: require_variables
     """
-    held = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
-    found = _by_dataset(held.get("data_indices")) if isinstance(held, Mapping) else None
-    if found is None:
-        raise ValueError("no variables: no hyper_parameters['data_indices'] with a name_to_index")
-    return found
+    found = read_checkpoint(checkpoint)
+    if not found:
+        raise ValueError(NO_VARIABLES)
+    return {dataset: each.index for dataset, each in found.items()}
 
 
 def require_variables(
@@ -1058,20 +1088,204 @@ def require_variables(
 
     See Also: variables, take
     """
-    expected = _wanted(wanted)
+    expected = {d: each.index for d, each in read_given("require_variables", wanted).items()}
 
     def required(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        held = variables(checkpoint)
+        found = variables(checkpoint)
         told = "".join(
-            f"\n  {dataset}: {_moves(held.get(dataset, {}), expected.get(dataset, {}))}"
-            for dataset in dict.fromkeys((*expected, *held))
-            if held.get(dataset) != expected.get(dataset)
+            f"\n  {dataset}: {differences(found.get(dataset, {}), expected.get(dataset, {}))}"
+            for dataset in dict.fromkeys((*expected, *found))
+            if found.get(dataset) != expected.get(dataset)
         )
         if told:
             raise ValueError(f"the checkpoint's variables are not those wanted{told}")
         return checkpoint
 
     return required
+
+
+def align_variables(
+    source: Any = None,
+    target: Any = None,
+    layout: Mapping[str, Any] | None = None,
+    *,
+    model: Model | None = None,
+    new: Literal["model", "zeros"] | Mapping[str, str] = "model",
+) -> Strategy:
+    """Put the weights into the order of other variables: each variable takes its slices along.
+
+    Every axis that runs over variables is indexed anew by name. Variables on both sides keep their
+    slices, wherever they stand now; those that are gone lose them, and new ones get `new`. Where a
+    variable is predicted but no longer read, or was not before, its output means something else (a
+    value, or an increment), and is new. The result says that its variables are the target's, so
+    that a second time nothing is left to do; states of optimizers and averaged weights, which would
+    be in the old order, are dropped. Where the variables are the same, nothing is changed.
+
+    Args:
+        source: the checkpoint's variables: name to index, by dataset where there are several, or
+            ``data_indices``. None reads them from the checkpoint.
+        target: those wanted, likewise; None reads them from the model's ``data_indices``.
+        layout: for a glob of tensor names, the axes that run over variables and what each is made
+            of, in order: ``{"encoder.weight": {1: ["input", "input", 4]}}`` is two steps of the
+            inputs, then four channels of something else. A part is a count of channels, a list of
+            variables, or ``"all"``, ``"input"``, ``"output"``, ``"prognostic"``, ``"forcing"`` or
+            ``"diagnostic"`` variables in the order of their indices. ``"new": "model"`` beside the
+            axes holds for these tensors whatever `new` is, as statistics need; ``"model"`` in place
+            of axes takes the model's own tensor. Roles that the variables come without stand under
+            ``"forcing"``, ``"diagnostic"`` and ``"target"``. By dataset where there are several.
+            None derives it from the model with `anemoi_layout`.
+        model: gives the slices of new variables, as they are when the strategy runs. A tensor that
+            differs from the model's in another axis stays as it is, for `filter_shapes`.
+        new: ``"model"``; ``"zeros"``, with which a new variable starts without a say; or for some
+            of the new ones the variable of the checkpoint whose slices they get a copy of
+            (``{"t_925": "t_850"}``), or either of these.
+
+    Raises:
+        TypeError: variables, layout, model or `new` are of another kind.
+        ValueError: one of them makes no sense; (the strategy) there are no variables, a glob
+            chooses nothing, or a size does not agree with the layout; says what it adds up to.
+
+    >>> layout = {"encoder.weight": {1: ["all", 1]}}
+    >>> align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")
+    >>> align({"encoder.weight": torch.tensor([[1.0, 2.0, 9.0]])})
+    {'encoder.weight': tensor([[2., 0., 1., 9.]])}
+
+    See Also: anemoi_layout, variables, require_variables, transfer_learning
+    """
+    if model is None and (target is None or layout is None):
+        raise TypeError("align_variables needs target and layout, or a model to derive them from")
+    goal = read_given("align_variables", model if target is None else target)
+    layouts = read_layout(anemoi_layout(model) if layout is None else layout, goal)  # type: ignore[arg-type] # it refuses a dict
+    start = {} if source is None else read_given("align_variables", source)
+    targets = {} if model is None else _tensors("align_variables", model)
+    check_new(new, goal)
+
+    def alignment(checkpoint: Any) -> Alignment:
+        pairs = changed(read_checkpoint(checkpoint), start, goal, layouts)
+        return Alignment(pairs, _laid_out(pairs, layouts, weights(checkpoint), targets))
+
+    def aligned(checkpoint: Any) -> Any:
+        found = alignment(checkpoint)
+        if not found.pairs:
+            return checkpoint
+        plans = {
+            name: origins(name, entry, *found.pairs[dataset], new)
+            for name, (dataset, entry) in found.tensors.items()
+        }
+        chosen = {n: (plan, n in targets and _alias(targets[n])) for n, plan in plans.items()}
+        made = _change(
+            weights(checkpoint), chosen, lambda n, t: _indexed(n, t, plans[n], targets.get(n))
+        )
+        return _in_new_order(_put(checkpoint, _path(checkpoint), made), found)
+
+    aligned.alignment = alignment  # type: ignore[attr-defined] # what load_into reports
+    return aligned
+
+
+def _laid_out(
+    pairs: Mapping[str, tuple[Variables, Variables]],
+    layouts: Mapping[str, Layout],
+    state_dict: Mapping[str, Any],
+    targets: Mapping[str, Any],
+) -> dict[str, tuple[str, Any]]:
+    """Find the tensors to align, with dataset and layout; refuse a layout that is not theirs."""
+    names = _tensor_names(state_dict)
+    found: dict[str, tuple[str, Any]] = {}
+    wrong = []
+    for dataset, (old, new) in pairs.items():
+        entries = layouts[dataset].entries
+        chosen = {glob: _chosen(names, [glob], missing_ok=True) for glob in entries}
+        for glob in (glob for glob, each in chosen.items() if not each):
+            _check_absent(glob, names, targets)
+        for name, glob in ((name, glob) for glob, each in chosen.items() for name in each):
+            if name in found:
+                raise ValueError(f"the layout has {name} twice; {glob!r} chooses it again")
+            tensor, goal = state_dict[name], targets.get(name)
+            if not targets or _differs_along(axes(entries[glob]), tensor, goal):
+                found[name] = dataset, entries[glob]
+                sizes = {"the checkpoint": (tensor, old)}
+                sizes |= {"the model": (goal, new)} if targets else {}
+                wrong += [
+                    f"{name} {told} in {where}"
+                    for where, (each, variables) in sizes.items()
+                    if (told := disagreement(entries[glob], variables, each.shape))
+                ]
+    if wrong:
+        raise ValueError(
+            f"sizes that the layout does not explain: {few(wrong)}; exclude leaves out"
+        )
+    return found
+
+
+def _check_absent(glob: str, names: Sequence[str], targets: Mapping[str, Any]) -> None:
+    """Refuse a glob that chooses nothing, unless it chooses what the model has and no other has."""
+    if not _chosen(targets, [glob], missing_ok=True):
+        _chosen(names, [glob])
+    alike = [name for name in names if name.endswith(f".{glob}") or glob.endswith(f".{name}")]
+    if alike:
+        raise ValueError(
+            f"there is no {glob}, but {few(alike)}; strip_prefix or add_prefix gives names alike"
+        )
+
+
+def _differs_along(along: Iterable[int], tensor: Any, target: Any) -> bool:
+    """Tell whether a tensor differs from the model's in nothing but some axes."""
+    if not (_is_strided(tensor) and _is_strided(target)) or tensor.dim() != target.dim():
+        return False
+    pairs = enumerate(zip(tensor.shape, target.shape, strict=True))
+    free = {axis % tensor.dim() for axis in along}
+    return not free or all(size == wanted or axis in free for axis, (size, wanted) in pairs)
+
+
+def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.Tensor:
+    """Put a tensor together from its own slices, the model's and zeros."""
+    own = isinstance(plan, str) or any("model" in channels for _, channels in plan)
+    if own and (target is None or target.is_meta):
+        lack = "no model is given" if target is None else "the model is hollow"
+        raise ValueError(
+            f"{name} takes slices of new variables from the model, and {lack}; give model=, one"
+            " that is not on the meta device, or new='zeros'"
+        )
+    if isinstance(plan, str):
+        return target.detach().to("cpu", tensor.dtype, copy=True)  # type: ignore[no-any-return]
+    kept = [[at for at, origin in enumerate(each) if isinstance(origin, int)] for _, each in plan]
+    # a tensor that gives nothing is not asked for anything, so that it is not moved
+    device = tensor.device if all(kept) else torch.device("cpu")
+    sizes = list(tensor.shape)
+    for axis, channels in plan:
+        sizes[axis] = len(channels)
+    made = torch.zeros(sizes, dtype=tensor.dtype, device=device)
+    if own:
+        made.copy_(target.detach())
+    where = [torch.arange(size, device=device) for size in sizes]
+    for (axis, channels), at in zip(plan, kept, strict=True):
+        for place in (place for place, origin in enumerate(channels) if origin == "zeros"):
+            made.select(axis, place).zero_()
+        where[axis] = torch.tensor(at, device=device)
+        if all(kept):
+            here = torch.tensor([channels[place] for place in at], device=device)
+            tensor = tensor.index_select(axis, here)
+    if all(kept):
+        made[torch.meshgrid(*where, indexing="ij")] = tensor
+    return made
+
+
+def _in_new_order(checkpoint: Any, alignment: Alignment) -> Any:
+    """Say that a checkpoint's variables are others, and drop what is still in the old order."""
+    if not isinstance(checkpoint, Mapping):
+        return checkpoint
+    averages = {*_EMA, "current_model_state"}
+    made = _without(checkpoint, averages | {key for key in _OPTIMIZER if "optim" in key})
+    if isinstance(made.get("callbacks"), Mapping):
+        made["callbacks"] = {
+            name: _without(state, averages) if isinstance(state, Mapping) else state
+            for name, state in made["callbacks"].items()
+        }
+    if read_checkpoint(made):
+        parameters = made["hyper_parameters"]
+        indices = rewritten(parameters["data_indices"], alignment)
+        made["hyper_parameters"] = _like(parameters, {**parameters, "data_indices": indices})
+    return made
 
 
 def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = False) -> Strategy:
@@ -1095,7 +1309,7 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
     given = _tensors("refresh_processors", model)
     found = {name: match for name in given if (match := _PROCESSORS.fullmatch(name))}
     if not found:
-        raise ValueError(f"no pre_processors or post_processors in the model: {_few(given)}")
+        raise ValueError(f"no pre_processors or post_processors in the model: {few(given)}")
     if any(isinstance(given[name], torch.Tensor) and given[name].is_meta for name in found):
         raise ValueError("refresh_processors has no values to take from a hollow model")
 
@@ -1121,63 +1335,6 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
     return refreshed
 
 
-def _by_dataset(indices: Any) -> dict[str, dict[str, int]] | None:
-    """Give name to index for each dataset, or None where that is nowhere to be found."""
-    alone = _name_to_index(indices)
-    if alone is not None:
-        return {"data": alone}
-    if not isinstance(indices, Mapping):
-        return None
-    found = {str(dataset): _name_to_index(each) for dataset, each in indices.items()}
-    known = {dataset: each for dataset, each in found.items() if each is not None}
-    return known if known and len(known) == len(found) else None
-
-
-def _name_to_index(held: Any) -> dict[str, int] | None:
-    """Find `name_to_index` on an object, in a dict, or in what a stand-in keeps as its state."""
-    if isinstance(held, Mapping):
-        found = held.get("name_to_index")
-    else:
-        states = [each for each in getattr(held, "__dict__", {}).values() if isinstance(each, dict)]
-        found = next((each["name_to_index"] for each in states if "name_to_index" in each), None)
-        found = getattr(held, "name_to_index", found)
-    return dict(found) if isinstance(found, Mapping) else None
-
-
-def _wanted(wanted: Any) -> dict[str, dict[str, int]]:
-    if isinstance(wanted, torch.nn.Module):  # or the first in it: DDP's, Lightning's
-        found = (_by_dataset(getattr(each, "data_indices", None)) for each in wanted.modules())
-        known = next((each for each in found if each is not None), None)
-    elif not isinstance(wanted, Mapping) or not wanted:
-        known = _by_dataset(wanted)
-    elif "hyper_parameters" in wanted:
-        return variables(wanted)
-    elif all(hasattr(place, "__index__") for place in wanted.values()):  # numpy's integers, too
-        return {"data": dict(wanted)}
-    elif any(_name_to_index(each) is not None for each in (wanted, *wanted.values())):
-        known = _by_dataset(wanted)
-    else:
-        named = {str(d): dict(each) for d, each in wanted.items() if isinstance(each, Mapping)}
-        known = named if len(named) == len(wanted) else None
-    if known is None:
-        shown = wanted if isinstance(wanted, Mapping) else type(wanted).__name__
-        raise TypeError(f"require_variables takes variables by name, or a model's, not {shown}")
-    return known
-
-
-def _moves(held: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    kinds = {
-        "added": [name for name in wanted if name not in held],
-        "removed": [name for name in held if name not in wanted],
-        "moved": [
-            f"{name} from {held[name]} to {place}"
-            for name, place in wanted.items()
-            if held.get(name, place) != place
-        ],
-    }
-    return "; ".join(f"{kind} {_few(names)}" for kind, names in kinds.items() if names)
-
-
 def _detached(value: Any) -> Any:
     """Copy a model's value, so that what is made of it does not change with the model."""
     if isinstance(value, torch.Tensor):
@@ -1199,19 +1356,50 @@ def standard(model: Model) -> Strategy:
     return require_match(model)
 
 
-def transfer_learning(model: Model, *, skip_mismatched: bool = True) -> Strategy:
+def transfer_learning(
+    model: Model,
+    *,
+    skip_mismatched: bool = True,
+    new: Literal["model", "zeros"] | Mapping[str, str] = "model",
+) -> Strategy:
     """Take what fits the model, without the progress of its training.
 
+    Where checkpoint and model both know their variables, and the model is one of Anemoi's, the
+    weights are put into its order first, and `new` is for its new variables: see `align_variables`.
     What has another shape is skipped, or refused where `skip_mismatched` is False.
 
     >>> pretrained = {"state_dict": {"a": torch.ones(1), "b": torch.ones(2)}, "epoch": 3}
     >>> transfer_learning({"a": torch.zeros(1), "b": torch.zeros(5)})(pretrained)
     {'state_dict': {'a': tensor([1.])}, 'epoch': 0}
 
-    See Also: filter_shapes, require_match, reset_progress
+    See Also: align_variables, filter_shapes, require_match, reset_progress
     """
     check = [] if skip_mismatched else [require_match(model, missing=False, unexpected=False)]
-    return compose(reset_progress, filter_shapes(model), *check)
+    align = _align_where_known(model, new)
+    return compose(reset_progress, filter_shapes(model), *check, *align)
+
+
+def _align_where_known(model: Model, new: Any) -> list[Strategy]:
+    """Give what aligns the variables where the checkpoint has any, if the model's are known."""
+    try:
+        layout = anemoi_layout(model) if isinstance(model, torch.nn.Module) else {}
+    except ValueError:  # it is none of Anemoi's
+        layout = {}
+    if not layout:
+        check_new(new, {})
+        return []
+    align = align_variables(layout=layout, model=model, new=new)
+    goal = read_model(model)
+
+    def aligned(checkpoint: Any) -> Any:
+        return align(checkpoint) if paired(read_checkpoint(checkpoint), goal) else checkpoint
+
+    def alignment(checkpoint: Any) -> Alignment:
+        known = paired(read_checkpoint(checkpoint), goal)
+        return align.alignment(checkpoint) if known else Alignment({}, {})  # type: ignore[attr-defined] # as align_variables made it
+
+    aligned.alignment = alignment  # type: ignore[attr-defined] # what load_into reports
+    return [aligned]
 
 
 def weights_only(checkpoint: Any) -> Mapping[str, Any]:
