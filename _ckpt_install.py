@@ -439,7 +439,9 @@ class Report(Table):
 
 def variables_told(model: torch.nn.Module, before: Before) -> dict[str, tuple[str, ...]]:
     """List the variables kept, moved, new and gone; nothing where one side does not tell."""
-    pairs = {**paired(before.variables, read_model(model)), **before.alignment.pairs}
+    known, pairs = read_model(model), before.alignment.pairs
+    named = {dataset: pair for dataset, (pair, _) in paired(pairs, known).items()}  # as the model's
+    pairs = paired(before.variables, known) | (named or pairs)
     told: dict[str, tuple[str, ...]] = {}
     for dataset, (old, new) in pairs.items():
         found = compare(old.index, new.index)

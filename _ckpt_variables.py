@@ -11,11 +11,13 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Part = int | str | Sequence[str]  # of an axis: channels without a name, a group, these variables
+A = TypeVar("A")
+B = TypeVar("B")
 Label = tuple[int, Any]  # of a channel: the part it is in, and what it stands for there
 
 _LISTED = 20  # names in a message; more than that nobody reads
@@ -36,6 +38,7 @@ class Variables:
     forcing: frozenset[str] = frozenset()
     diagnostic: frozenset[str] = frozenset()
     target: frozenset[str] = frozenset()
+    has_roles: bool = field(default=False, compare=False)  # else nobody has told them
     origin: Any = field(default=None, compare=False, repr=False)  # what they were read from
 
 
@@ -102,8 +105,10 @@ def _of(collection: Any) -> Variables | None:
     index = _field(collection, "name_to_index")
     if not isinstance(index, Mapping):
         return None
-    forcing, diagnostic, target = (frozenset(_field(collection, role) or ()) for role in ROLES)
-    return Variables(dict(index), forcing, diagnostic, target, collection)
+    roles = [_field(collection, role) for role in ROLES]
+    forcing, diagnostic, target = (frozenset(names or ()) for names in roles)
+    told = any(names is not None for names in roles)
+    return Variables(dict(index), forcing, diagnostic, target, told, collection)
 
 
 def _field(holder: Any, name: str) -> Any:
@@ -345,7 +350,7 @@ def read_layout(layout: Any, goal: Mapping[str, Variables]) -> dict[str, Layout]
             told = ", ".join(f"{glob!r}: {each[glob]!r}" for glob in strange)
             raise ValueError(f"no layout: {told}; see align_variables for what one is")
         sets = {role: frozenset(names) for role, names in roles.items()}
-        found[dataset] = Layout(entries, Variables({}, **sets))
+        found[dataset] = Layout(entries, Variables({}, **sets, has_roles=bool(sets)))
     return found
 
 
@@ -398,15 +403,11 @@ class Alignment:
 
 def with_roles(variables: Variables, *others: Variables) -> Variables:
     """Give variables that come without roles those that others tell."""
-    for each in (variables, *others):
-        if each.forcing or each.diagnostic or each.target:
-            return replace(each, index=variables.index, origin=variables.origin)
-    return variables
+    teller = next((each for each in (variables, *others) if each.has_roles), variables)
+    return replace(teller, index=variables.index, origin=variables.origin)
 
 
-def paired(
-    source: Mapping[str, Variables], target: Mapping[str, Variables]
-) -> dict[str, tuple[Variables, Variables]]:
+def paired(source: Mapping[str, A], target: Mapping[str, B]) -> dict[str, tuple[A, B]]:
     """Pair datasets of the same name, or two that are alone, by the target's names."""
     if len(source) == len(target) == 1:
         return {
