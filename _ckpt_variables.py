@@ -161,10 +161,11 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
 
     For `align_variables`: a dict of tensor names, as the model's state dict has them, and of the
     variables' roles. The encoder reads, and the decoder is conditioned on, the inputs of each step,
-    then sines and cosines of the coordinates and the nodes' trainable features
-    (``AnemoiModelEncProcDec._assemble_input``); the decoder gives the outputs of each step.
-    Normalisers and the like (what has a number for each variable), and thresholds of boundings, are
-    statistics: those of new variables are always the model's. Tensors of positions are the model's.
+    then sines and cosines of the coordinates and the nodes' trainable features, and in ensembles
+    the forecast's step (``_assemble_input`` of anemoi-models 0.13); the decoder gives the outputs
+    of each step. Normalisers and the like (what has a number for each variable), and thresholds of
+    boundings, are statistics: those of new variables are always the model's. Tensors of positions
+    are the model's.
 
     Raises:
         TypeError: the model is no module.
@@ -211,7 +212,8 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
 
 def _mapped(front: str, core: Any, tensors: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """Lay out the first matrix of each embedding, and the last one of what extracts."""
-    inputs = [*core.n_step_input * ["input"], core.node_attributes.attr_ndims[dataset]]
+    count = hasattr(core, "noise_injector")  # ensembles are told which step of the forecast it is
+    inputs = [*core.n_step_input * ["input"], core.node_attributes.attr_ndims[dataset] + count]
     outputs = core.n_step_output * ["output"]
     encoder, decoder = f"{front}encoder.{dataset}.", f"{front}decoder.{dataset}."
     found: dict[str, Any] = {}

@@ -1,7 +1,9 @@
 """What a real Anemoi model has learned goes along when its variables change. Skipped without it."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anemoi_ckpt import load_into
+from anemoi_ckpt import MismatchError, Report, load, load_into
+from checkpoints import assert_same, quiet_trainer
 from strategies import (
+    Strategy,
     align_variables,
+    anemoi_layout,
+    cast,
+    exclude,
+    filter_shapes,
+    include,
+    pad_or_slice,
+    require_match,
+    require_variables,
+    strip_prefix,
+    transfer_learning,
+    variables,
+    warm_start,
+    weights,
 )
-from weather import KINDS, Variables, interface
+from weather import KINDS, Variables, graph, interface
 
 pytest.importorskip("anemoi.models", reason="pip install -e '.[anemoi]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies, some dozens
@@ -137,3 +154,317 @@ def test_knowledge_is_preserved(kind: str, several: str, data: Any) -> None:
     report = load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
     assert set(report.loaded) == set(new.state_dict())
     knowledge_is_preserved(task.model, new.model, DATASETS[several], datasets)
+
+
+@pytest.mark.parametrize(
+    "strategy", [lambda _new: exclude("nothing", missing_ok=True), filter_shapes, pad_or_slice]
+)
+def test_without_alignment_it_is_not(strategy: Callable[[Any], Strategy]) -> None:
+    """The law can be broken, and is; in silence if the variables are not known."""
+    task, checkpoint = trained("Transformer", "single")
+    after = {"data": Variables([*reversed(ERA5.names)], ERA5.forcing, ERA5.diagnostic)}
+    new = Task(after, "Transformer")
+    load_into(new, strategy(new.state_dict())(checkpoint["state_dict"]))
+    with pytest.raises(AssertionError, match="not close"):
+        knowledge_is_preserved(task.model, new.model, {"data": ERA5}, after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ensembles_are_aligned_too(kind: str) -> None:
+    torch.manual_seed(0)
+    old = interface({"data": ERA5}, kind, ensemble=True)
+    after = Variables(("q_700", *ERA5.names[::-1]), ERA5.forcing, ERA5.diagnostic)
+    new = interface({"data": after}, kind, ensemble=True)
+    checkpoint = {
+        "state_dict": old.state_dict(),
+        "hyper_parameters": {"data_indices": old.data_indices},
+    }
+    load_into(new, checkpoint, align_variables(model=new, new="zeros"))
+    for model in (old, new):
+        model.forward = functools.partial(model.forward, fcstep=1)
+        model.predict_step = lambda batch, model=model: model.model.predict_step(
+            batch, model.pre_processors, model.post_processors, 2, fcstep=1
+        )
+    knowledge_is_preserved(old, new, {"data": ERA5}, {"data": after})
+
+
+# ── layouts ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_layout_is_plain_data() -> None:
+    found = anemoi_layout(Task({"data": ERA5}, "GraphTransformer"))
+    inputs, statistics = {1: ["input", "input", 6]}, {0: ["all"], "new": "model"}
+    front = "model.model"
+    expected: dict[str, Any] = {
+        f"{front}.encoder.data.emb_nodes_src.weight": inputs,
+        f"{front}.decoder.data.emb_nodes_dst.weight": inputs,
+        f"{front}.decoder.data.node_data_extractor.1.weight": {0: ["output"]},
+        f"{front}.decoder.data.node_data_extractor.1.bias": {0: ["output"]},
+        f"{front}.boundings.data.0.norm_min_val": {0: [["tp"]], "new": "model"},
+        "forcing": ["cos_lat", "sin_lat"],
+        "diagnostic": ["cp", "tp"],
+        "target": [],
+    }
+    for which in ("pre", "post"):
+        normalizer = f"model.{which}_processors.data.processors.normalizer"
+        expected |= dict.fromkeys(
+            [f"{normalizer}._norm_mul", f"{normalizer}._norm_add"], statistics
+        )
+        expected |= dict.fromkeys(
+            [f"{normalizer}._input_idx", f"{normalizer}._output_idx"], "model"
+        )
+    assert found == {"data": expected}
+    gnn = anemoi_layout(interface({"era5": ERA5, "cerra": CERRA}))
+    assert gnn["cerra"]["model.encoder.cerra.emb_nodes_src.mlp.0.weight"] == inputs
+    assert gnn["era5"]["model.decoder.era5.node_data_extractor.mlp.4.bias"] == {0: ["output"]}
+    assert not any("emb_nodes_dst" in name for name in gnn["era5"])  # that kind has none there
+
+
+def test_the_layout_and_names_alone_will_do() -> None:
+    task, checkpoint = trained("Transformer", "single")
+    after = {"data": Variables((*ERA5.names[::-1], "q_700"), ERA5.forcing, ERA5.diagnostic)}
+    new = Task(after, "Transformer")
+    index, goal = ({name: n for n, name in enumerate(v.names)} for v in (ERA5, after["data"]))
+    align = align_variables(index, goal, anemoi_layout(new), model=new, new="zeros")
+    load_into(new, checkpoint["state_dict"], align)
+    knowledge_is_preserved(task.model, new.model, {"data": ERA5}, after)
+
+
+@pytest.mark.parametrize("broken", ["wider", "no encoder", "sparse"])
+def test_other_models_want_a_layout_of_ones_own(broken: str) -> None:
+    task = Task({"data": ERA5}, "GNN")
+    core = task.model.model
+    if broken == "wider":
+        core.n_step_output = 2
+        told = (
+            r"AnemoiModelEncProcDec puts .*mlp\.4\.weight has 5 along axis 0, its layout output 5"
+        )
+    elif broken == "no encoder":
+        del core.encoder["data"]
+        told = r"no model\.model\.encoder\.data\.emb_nodes_src or .*write its layout yourself"
+    else:
+        del core.n_step_output
+        told = r"no encoder-processor-decoder of anemoi-models in Task"
+    with pytest.raises(ValueError, match=told):
+        anemoi_layout(task)
+    with pytest.raises(ValueError, match=told):
+        align_variables(model=task)
+    assert transfer_learning(task)(trained("GNN", "single")[1])["epoch"] == 0  # as it always did
+
+
+def test_statistics_of_any_processor_are_aligned() -> None:
+    """Whatever has a number, or a yes or no, for each variable; and positions are the model's."""
+    tasks = [
+        Task({"data": ERA5}, "GNN"),
+        Task({"data": Variables(ERA5.names[::-1], *ERA5[1:])}, "GNN"),
+    ]
+    for place, task in enumerate(tasks):
+        processors = task.model.pre_processors["data"].processors
+        imputer = processors["imputer"] = torch.nn.Module()
+        imputer.register_buffer("replacement", torch.arange(7.0) + 10 * place)
+        imputer.register_buffer("is_imputed", torch.arange(7) == 2)
+        imputer.register_buffer("index", torch.tensor([2 + place]))
+        imputer.register_buffer("other", torch.ones(3))
+        imputer.register_buffer("scalar", torch.tensor(1.0 + place))
+    old, new = tasks
+    layout = anemoi_layout(new)["data"]
+    assert not any(name.endswith((".other", ".scalar")) for name in layout)
+    align = align_variables(source=old, model=new)
+    state_dict = align(dict(old.state_dict()))
+    front = "model.pre_processors.data.processors.imputer."
+    assert state_dict[front + "replacement"].tolist() == [6, 5, 4, 3, 2, 1, 0]
+    assert state_dict[front + "is_imputed"].tolist() == [n == 4 for n in range(7)]
+    assert state_dict[front + "index"].tolist() == [3]
+    assert state_dict[front + "scalar"] == 1
+
+
+# ── in one line ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Lightning's Trainer saves of a model of ERA5's variables."""
+    import lightning
+
+    class Training(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = interface({"data": ERA5}, "GraphTransformer")
+            held = {"data_indices": self.model.data_indices, "graph_data": graph()}
+            self.save_hyperparameters(held)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model({"data": batch[0]})["data"].square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    folder = tmp_path_factory.mktemp("anemoi")
+    draw = torch.Generator().manual_seed(1)
+    batches = torch.randn(4, 2, 1, 6, len(ERA5.inputs), generator=draw)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batches), batch_size=2)
+    trainer = quiet_trainer(max_epochs=1, default_root_dir=folder)
+    trainer.fit(Training(), loader)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+AFTER = Variables(
+    ("sst", "msl", "q_700", "tp", "cos_lat", "z_500", "sin_lat", "t_850"),
+    ("cos_lat", "sin_lat", "sst"),
+    ("tp",),
+)
+
+
+class Plain(torch.nn.Module):
+    """As above, without bounding."""
+
+    def __init__(self, names: Variables, *, salt: int = 5) -> None:
+        super().__init__()
+        self.model = interface({"data": names}, "GraphTransformer", salt=salt)
+
+
+def test_transfer_learning_aligns_by_itself_and_says_so(path: Path) -> None:
+    old, new = Plain(ERA5), Plain(AFTER)
+    load_into(old, path, exclude("nothing", missing_ok=True), strict=True)
+    report = load_into(new, path, transfer_learning(new, new="zeros"))
+    knowledge_is_preserved(old.model, new.model, {"data": ERA5}, {"data": AFTER})
+    assert report.missing == report.unexpected == ()
+    assert report.mismatched == {}
+    assert report.variables["kept"] == ("msl", "tp", "cos_lat", "z_500", "sin_lat", "t_850")
+    assert report.variables["new"] == ("sst", "q_700")
+    assert report.variables["gone"] == ("cp",)
+    assert "cos_lat from 1 to 4" in report.variables["moved"]
+    assert set(report.aligned) == anemoi_layout(new)["data"].keys() - {
+        "forcing",
+        "diagnostic",
+        "target",
+    }
+    assert report.rest["epoch"] == 0
+    for told in ("6 kept: msl, tp", "4 moved: msl from 4 to 1", "2 new: sst, q_700", "1 gone: cp"):
+        assert told in repr(report)
+
+
+def test_transfer_learning_with_the_models_own_slices(path: Path) -> None:
+    new = Plain(AFTER)
+    own = new.state_dict()["model.model.encoder.data.emb_nodes_src.weight"].clone()
+    held = load(path, weights)["model.model.encoder.data.emb_nodes_src.weight"]
+    load_into(new, path, transfer_learning(new))
+    weight = new.state_dict()["model.model.encoder.data.emb_nodes_src.weight"]
+    inputs, old = AFTER.inputs, ERA5.inputs
+    for step in range(2):
+        for place, name in enumerate(inputs):
+            expected = (
+                held[:, step * len(old) + old.index(name)]
+                if name in old
+                else own[:, step * len(inputs) + place]
+            )
+            assert torch.equal(weight[:, step * len(inputs) + place], expected)
+
+
+def test_transfer_learning_goes_on_where_there_is_nothing_to_align(path: Path) -> None:
+    new = Plain(AFTER)
+    # a checkpoint that does not know its variables, another dataset, the same variables
+    assert load_into(new, load(path, weights), transfer_learning(new)).aligned == ()
+    other = torch.nn.Module()
+    other.model = interface({"a": AFTER, "b": AFTER}, "GraphTransformer")
+    report = load_into(other, path, transfer_learning(other))
+    assert report.variables == {}
+    assert any("processor" in name for name in report.loaded)
+    same = Plain(ERA5)
+    report = load_into(same, path, transfer_learning(same), strict=True)
+    assert report.variables["kept"] == ERA5.names
+    assert report.aligned == report.variables["moved"] == ()
+    with pytest.raises(ValueError, match="which w is not"):
+        transfer_learning(torch.nn.Linear(1, 1), new={"w": "t"})
+
+
+def test_a_hollow_model_is_transferred_to_with_zeros(path: Path) -> None:
+    with torch.device("meta"):
+        hollow = Plain(AFTER)
+    new = Plain(AFTER)
+    load_into(new, path, transfer_learning(new, new="zeros"))
+    load_into(hollow, path, transfer_learning(hollow, new="zeros"))
+    assert_same(dict(hollow.state_dict()), dict(new.state_dict()))
+
+
+def test_what_has_no_variables_may_be_loaded_in_any_order(path: Path) -> None:
+    new = Plain(AFTER)
+    report = load_into(new, path, include("model.model.processor"))
+    assert report.loaded == tuple(
+        n for n in new.state_dict() if n.startswith("model.model.processor.")
+    )
+    report = load_into(new, path, exclude("*.node_data_extractor.*"), filter_shapes(new))
+    assert report.loaded
+    more = Plain(Variables((*ERA5.names, "q_700"), *ERA5[1:]))
+    report = load_into(more, path, filter_shapes(more))
+    assert report.variables["new"] == ("q_700",)
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        lambda _new: (),
+        lambda _new: (weights, cast(torch.float16)),
+        lambda new: (filter_shapes(new),),
+        lambda new: (require_match(new, missing=False),),
+        lambda new: (pad_or_slice(new),),
+        lambda new: (warm_start(new),),
+        lambda _new: (include("*.node_data_extractor.1.bias"),),
+    ],
+)
+def test_another_order_is_refused_by_name(path: Path, strategies: Any) -> None:
+    """The same variables elsewhere; every shape fits."""
+    moved = Variables(("z_500", "cos_lat", "t_850", *ERA5.names[3:]), *ERA5[1:])
+    new = Plain(moved)
+    before = copy.deepcopy(new.state_dict())
+    with pytest.raises(
+        ValueError, match=r"z_500 from 2 to 0, t_850 from 0 to 2\).*align_variables"
+    ):
+        load_into(new, path, *strategies(new))
+    assert_same(dict(new.state_dict()), dict(before))
+    report = load_into(new, path, align_variables(model=new), *strategies(new))
+    assert report.variables["moved"] == ("z_500 from 2 to 0", "t_850 from 0 to 2")
+    assert load(path, align_variables(model=new), require_variables(new), variables) == {
+        "data": {name: place for place, name in enumerate(moved.names)}
+    }
+
+
+def test_padding_does_not_hide_another_order(path: Path) -> None:
+    """Two steps of inputs: padded at the end, the second one's variables are the first one's."""
+    more = Plain(Variables((*ERA5.names, "q_700"), *ERA5[1:]))
+    with pytest.raises(ValueError, match=r"added q_700\).*emb_nodes_src.weight.*align_variables"):
+        load_into(more, path, pad_or_slice(more))
+
+
+def test_a_step_more_is_told_by_the_sum(path: Path) -> None:
+    new = torch.nn.Module()
+    new.model = interface({"data": AFTER}, "GraphTransformer", steps=3)
+    told = r"src\.weight has 16 along axis 1, its layout input 5 \+ input 5 \+ input 5 \+ 6 = 21"
+    with pytest.raises(ValueError, match=told):
+        load_into(new, path, transfer_learning(new))
+    left = exclude("*.emb_nodes_src", "*.emb_nodes_dst")
+    assert load_into(new, path, left, transfer_learning(new)).aligned
+
+
+def test_names_under_another_prefix_are_told_of(path: Path) -> None:
+    new = Plain(AFTER)
+    with pytest.raises(ValueError, match=r"strip_prefix or add_prefix"):
+        load_into(new.model, path, transfer_learning(new.model))
+    report = load_into(new.model, path, strip_prefix("model."), transfer_learning(new.model))
+    assert report.aligned
+
+
+def test_a_refusal_is_a_mismatch_of_the_place(path: Path) -> None:
+    new = Plain(Variables(ERA5.names[::-1], *ERA5[1:]))
+    with pytest.raises(MismatchError) as caught:
+        load_into(new, path)
+    assert caught.value.place == str(path)
+
+
+def test_reports_are_made_of_what_they_tell(path: Path) -> None:
+    new = Plain(AFTER)
+    report = load_into(new, path, align_variables(model=new))
+    assert isinstance(report, Report)
+    assert "<th style='text-align:left'>variables</th>" in report._repr_html_()

@@ -67,6 +67,7 @@ def interface(  # noqa: PLR0913 - by keyword
     nodes: int = 6,
     channels: int = 8,
     steps: int = 2,
+    ensemble: bool = False,
 ) -> Any:
     """A real encoder-processor-decoder, with its processors."""
     from anemoi.models.data_indices.collection import IndexCollection
@@ -84,7 +85,7 @@ def interface(  # noqa: PLR0913 - by keyword
         name: {"forcing": list(each.forcing), "diagnostic": list(each.diagnostic)}
         for name, each in datasets.items()
     }
-    config = {
+    config: dict[str, Any] = {
         "training": {"multistep_input": steps, "multistep_output": 1},
         "data": {
             "datasets": {name: {**each, "processors": processors} for name, each in roles.items()}
@@ -108,6 +109,13 @@ def interface(  # noqa: PLR0913 - by keyword
             },
         },
     }
+    if ensemble:
+        config["model"]["model"]["_target_"] = "anemoi.models.models.AnemoiEnsModelEncProcDec"
+        injector = "anemoi.models.layers.ensemble.NoOpNoiseInjector"
+        config["model"] |= {
+            "noise_injector": {"_target_": injector},
+            "condition_on_residual": False,
+        }
     timesteps = {"timesteps": {"relative_date_indices_training": [0, 1, 2]}}
     return AnemoiModelInterface(
         config=DotDict(config),
