@@ -1233,7 +1233,7 @@ def _differs_along(along: Iterable[int], tensor: Any, target: Any) -> bool:
     if not (_is_strided(tensor) and _is_strided(target)) or tensor.dim() != target.dim():
         return False
     pairs = enumerate(zip(tensor.shape, target.shape, strict=True))
-    free = {axis % tensor.dim() for axis in along}
+    free = {axis % max(tensor.dim(), 1) for axis in along}
     return not free or all(size == wanted or axis in free for axis, (size, wanted) in pairs)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import strategies
 from anemoi_ckpt import MismatchError, Report, load, load_into
 from checkpoints import assert_same, quiet_trainer
 from strategies import (
@@ -24,15 +26,16 @@ from strategies import (
     pad_or_slice,
     require_match,
     require_variables,
+    standard,
     strip_prefix,
     transfer_learning,
     variables,
-    warm_start,
     weights,
 )
 from weather import KINDS, Variables, graph, interface
 
 pytest.importorskip("anemoi.models", reason="pip install -e '.[anemoi]'")
+README = (Path(strategies.__file__).parent / "README.md").read_text()
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies, some dozens
 
 ERA5 = Variables(
@@ -410,7 +413,7 @@ def test_what_has_no_variables_may_be_loaded_in_any_order(path: Path) -> None:
         lambda new: (filter_shapes(new),),
         lambda new: (require_match(new, missing=False),),
         lambda new: (pad_or_slice(new),),
-        lambda new: (warm_start(new),),
+        lambda new: (standard(new),),
         lambda _new: (include("*.node_data_extractor.1.bias"),),
     ],
 )
@@ -468,3 +471,18 @@ def test_reports_are_made_of_what_they_tell(path: Path) -> None:
     report = load_into(new, path, align_variables(model=new))
     assert isinstance(report, Report)
     assert "<th style='text-align:left'>variables</th>" in report._repr_html_()
+
+
+def test_readme(tmp_path: Path) -> None:
+    (block,) = re.findall(r"<!-- test: variables -->\n```python\n(.*?)```", README, re.DOTALL)
+    (shown,) = re.findall(r"```text\n(aligned.*?)```", README, re.DOTALL)
+    before = Variables(("t_850", "z_500", "msl", "tp"), ())
+    old, new = Plain(before), Plain(Variables(("z_500", "t_925", "t_850", "tp"), ()))
+    held = {"data_indices": old.model.data_indices}
+    torch.save({"state_dict": old.state_dict(), "hyper_parameters": held}, tmp_path / "last.ckpt")
+    for line in block.splitlines():
+        scope = {"model": new, "uri": tmp_path / "last.ckpt", **vars(strategies)}
+        report = repr(eval(line.partition("  #")[0], {**scope, "load_into": load_into}))
+        for row in shown.replace("aligned 12 ", "").splitlines():
+            assert re.split(r"  +", row.strip(" …"))[-1] in report
+        assert "aligned 12 " in report

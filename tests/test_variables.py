@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import servers
+import strategies
 from anemoi_ckpt import MismatchError, load, load_into
 from checkpoints import assert_same
 from strategies import (
@@ -36,6 +37,8 @@ from strategies import (
     warm_start,
     weights,
 )
+
+README = (Path(strategies.__file__).parent / "README.md").read_text()
 
 OLD = {"t": 0, "z": 1, "cos": 2, "tp": 3}
 NEW = {"z": 0, "q": 1, "t": 2, "sol": 3, "cos": 4}  # moved, two new, tp gone
@@ -372,6 +375,9 @@ def test_a_size_that_the_layout_does_not_explain_shows_the_sum(path: Path) -> No
         ValueError, match=r"has 11 along axis 1, its layout input 5 \+ 5 = 10 in the model"
     ):
         load(path, align_variables(layout=layout, model=new))
+    align = align_variables({"t": 0}, {"z": 0}, {"a": {0: ["all"]}}, model={"a": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"a has no axis 0: its shape is \(\)"):
+        align({"a": torch.tensor(1.0)})
     with pytest.raises(ValueError, match=r"skip has no axis 2: its shape is \(3, 3\)"):
         load(path, align_variables(target=new, layout={"skip": {2: [["z"], "all"]}}))
     with pytest.raises(ValueError, match=r"its layout \(z, tp\) 2 \+ 1 = 3"):
@@ -518,7 +524,7 @@ def test_a_reordered_checkpoint_is_refused(path: Path, strategies: Any) -> None:
 def test_aligned_it_loads_whatever_follows(path: Path) -> None:
     align = align_variables(layout=LAYOUT, model=Net(MOVED))
     expected = load(path, align, weights)
-    for strategies in (
+    for chain in (
         (align,),
         (align, weights),
         (compose(weights, align),),
@@ -527,7 +533,7 @@ def test_aligned_it_loads_whatever_follows(path: Path) -> None:
         (align, standard(Net(MOVED)), cast(torch.float64)),
     ):
         model = Net(MOVED, start=9.0)
-        report = load_into(model, path, *strategies)
+        report = load_into(model, path, *chain)
         assert_same(dict(model.state_dict()), dict(expected))
         assert report.variables["moved"] == ("z from 1 to 0", "t from 0 to 1") or not report.aligned
 
@@ -550,3 +556,23 @@ def test_what_is_only_added_or_renamed_in_its_place_is_no_other_order(path: Path
     more = Net({**OLD, "q": 4})
     report = load_into(more, path, filter_shapes(more))
     assert report.loaded == ("encoder.bias",)
+
+
+def test_readme(tmp_path: Path) -> None:
+    (block,) = re.findall(r"<!-- test: layout -->\n```python\n(.*?)```", README, re.DOTALL)
+    old, new = (
+        nn.ModuleDict({"encoder": nn.Linear(inputs, 3), "decoder": nn.Linear(3, 2)})
+        for inputs in (8, 10)
+    )
+    for net in (old, new):
+        net["normalizer"] = nn.Module()
+        net["normalizer"].register_buffer("mean", torch.tensor([1.0, 2.0, 3.0]))
+    torch.save({"state_dict": old.state_dict()}, tmp_path / "last.ckpt")
+    new["normalizer"].mean += 10
+    scope = {"uri": tmp_path / "last.ckpt", "model": new, "load_into": load_into}
+    exec(block, scope | {"align_variables": align_variables})
+    assert new["normalizer"].mean.tolist() == [3, 12, 1]
+    columns = [new["encoder"].weight[:, place] for place in (0, 2, 3, 5, 6, 7, 8, 9)]
+    assert torch.equal(torch.stack(columns, 1), old["encoder"].weight[:, [1, 0, 3, 2, 4, 5, 6, 7]])
+    assert torch.equal(new["decoder"].bias[1], old["decoder"].bias[0])
+    assert new["decoder"].bias[0] == 0
