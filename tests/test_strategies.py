@@ -22,6 +22,7 @@ from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpo
 from strategies import (
     Strategy,
     add_prefix,
+    align_variables,
     average,
     cast,
     cold_start,
@@ -185,6 +186,14 @@ def first_rows(state_dict: Mapping[str, Any]) -> Strategy:
     return take(sized[0], 0, [0]) if sized else compose()
 
 
+def aligned(state_dict: Mapping[str, Any]) -> Strategy:
+    """Other variables, along the first axis of all that are long enough for two."""
+    long = {n: v for n, v in state_dict.items() if isinstance(v, Tensor) and v.dim() and len(v) > 1}
+    layout = {name: {0: ["all", len(tensor) - 2]} for name, tensor in long.items()}
+    target = {"msl": 0, "q": 1, "2t": 2}
+    return align_variables(target=target, layout=layout, new="zeros") if layout else compose()
+
+
 # ── all that ship ─────────────────────────────────────────────────────────────────────────────
 
 ON_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Strategy]] = {
@@ -213,6 +222,7 @@ ON_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Strategy]] = {
     ),
 }
 ON_CHECKPOINTS: dict[str, Callable[[Mapping[str, Any]], Strategy]] = {
+    "align_variables": aligned,
     "weights": lambda _s: weights,
     "weights_only": lambda _s: weights_only,
     "drop_optimizer": lambda _s: drop_optimizer,
