@@ -27,6 +27,8 @@ from _ckpt_variables import (
     paired,
     read_checkpoint,
     read_model,
+    recast,
+    with_roles,
 )
 
 Shape = tuple[int, ...]
@@ -412,7 +414,8 @@ class Report(Table):
     bytes_stored: int
     seconds: float
     rest: Mapping[str, Any]  # what the checkpoint held beside the weights
-    variables: Mapping[str, tuple[str, ...]]  # kept, of these moved; new, gone: if both sides tell
+    # kept, of these moved and recast (in another role); new, gone: if both sides tell
+    variables: Mapping[str, tuple[str, ...]]
     aligned: tuple[str, ...]  # tensors that were put into the order of the model's variables
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -438,7 +441,7 @@ class Report(Table):
 
 
 def variables_told(model: torch.nn.Module, before: Before) -> dict[str, tuple[str, ...]]:
-    """List the variables kept, moved, new and gone; nothing where one side does not tell."""
+    """List the variables by what became of them; nothing where one side does not tell."""
     known, pairs = read_model(model), before.alignment.pairs
     named = {dataset: pair for dataset, (pair, _) in paired(pairs, known).items()}  # as the model's
     pairs = paired(before.variables, known) | (named or pairs)
@@ -450,6 +453,7 @@ def variables_told(model: torch.nn.Module, before: Before) -> dict[str, tuple[st
             "moved": found["moved"],
             "new": found["added"],
             "gone": found["removed"],
+            "recast": recast(with_roles(old, new), with_roles(new, old)),
         }
         front = f"{dataset}." if len(pairs) > 1 else ""
         for kind, names in kinds.items():

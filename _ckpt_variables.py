@@ -139,6 +139,20 @@ def differences(old: Mapping[str, int], new: Mapping[str, int]) -> str:
     return "; ".join(f"{kind} {few(names)}" for kind, names in found.items() if names)
 
 
+def recast(old: Variables, new: Variables) -> list[str]:
+    """Tell which variables have another role.
+
+    >>> recast(Variables({"tp": 0}, diagnostic=frozenset({"tp"})), Variables({"tp": 0}))
+    ['tp from diagnostic to prognostic']
+    """
+
+    def role(variables: Variables, name: str) -> str:
+        return next((r for r in ROLES if name in getattr(variables, r)), "prognostic")
+
+    roles = {name: (role(old, name), role(new, name)) for name in new.index if name in old.index}
+    return [f"{name} from {was} to {now}" for name, (was, now) in roles.items() if was != now]
+
+
 def few(names: Iterable[Any]) -> str:
     """List names for a message, the first of them where there are many."""
     texts = [str(name) for name in names]
@@ -233,7 +247,8 @@ def _mapped(front: str, core: Any, tensors: Mapping[str, Any], dataset: str) -> 
 
 
 def _matrices(tensors: Mapping[str, Any], front: str) -> list[str]:
-    return [name for name in tensors if name.startswith(front) and tensors[name].dim() == 2]  # noqa: PLR2004
+    found = [name for name in tensors if name.startswith(front)]
+    return [name for name in found if getattr(tensors[name], "ndim", 0) == 2]  # noqa: PLR2004
 
 
 def _bounded(front: str, core: Any, dataset: str) -> dict[str, Any]:
@@ -406,7 +421,8 @@ class Alignment:
 def with_roles(variables: Variables, *others: Variables) -> Variables:
     """Give variables that come without roles those that others tell."""
     teller = next((each for each in (variables, *others) if each.has_roles), variables)
-    return replace(teller, index=variables.index, origin=variables.origin)
+    roles = {role: getattr(teller, role) & variables.index.keys() for role in ROLES}
+    return replace(variables, **roles, has_roles=teller.has_roles)
 
 
 def paired(source: Mapping[str, A], target: Mapping[str, B]) -> dict[str, tuple[A, B]]:
@@ -512,44 +528,48 @@ def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str,
 
     Exactly, where the model's layout is known; else any of them may, as soon as a variable moved.
     """
-    pairs = {n: (a, b) for n, (a, b) in paired(source, read_model(model)).items() if a != b}
-    if not pairs:
-        return ""
+    both = paired(source, read_model(model)).items()
+    pairs = {dataset: (with_roles(old, new), with_roles(new, old)) for dataset, (old, new) in both}
+    pairs = {dataset: (old, new) for dataset, (old, new) in pairs.items() if old != new}
     try:
-        layouts = anemoi_layout(model)
+        layouts = anemoi_layout(model) if pairs else {}
     except ValueError:
-        found = (
-            list(names)
-            if any(compare(a.index, b.index)["moved"] for a, b in pairs.values())
-            else []
-        )
+        moved = any(compare(old.index, new.index)["moved"] for old, new in pairs.values())
+        found = list(names) if moved else []
     else:
         found = [
             name
             for name in names
-            for dataset, (a, b) in pairs.items()
-            if _clashes(layouts[dataset].get(name), with_roles(a, b), b)
+            for dataset, pair in pairs.items()
+            if _clashes(layouts[dataset].get(name), *pair)
         ]
     if not found:
         return ""
-    prefix = "{}: " if len(pairs) > 1 else ""
-    told = ", ".join(
-        prefix.format(n) + differences(a.index, b.index) for n, (a, b) in pairs.items()
-    )
+    kinds = [
+        (f"{dataset}: " if len(pairs) > 1 else "")
+        + "; ".join(filter(None, [differences(old.index, new.index), ", ".join(recast(old, new))]))
+        for dataset, (old, new) in pairs.items()
+    ]
     return (
-        f"the checkpoint's variables are not where the model has them ({told}), and {len(found)}"
-        f" tensors that fit by their shape run over them: {few(found)}"
+        f"the checkpoint's variables are not where the model has them ({', '.join(kinds)}), and"
+        f" {len(found)} tensors that fit by their shape run over them: {few(found)}"
     )
 
 
 def _clashes(entry: Any, source: Variables, target: Variables) -> bool:
-    """Tell whether a channel that both have, of a variable or not, stands elsewhere.
+    """Tell whether a channel stands where another is, and one of them is known on both sides.
 
-    What one side only has may stand where the other has something else that is its own: a rename.
+    What each side has alone may stand in the other's place: a rename.
     """
-    for parts in axes(entry).values():
-        old, new = labels(parts, source), labels(parts, target)
-        both = {*old} & {*new}
-        if any(a != b and (a in both or b in both) for a, b in zip(old, new, strict=False)):
-            return True
-    return False
+
+    def both_have(label: Label) -> bool:
+        _, channel = label
+        name = channel[0] if isinstance(channel, tuple) else channel
+        return isinstance(name, int) or (name in source.index and name in target.index)
+
+    pairs = [
+        pair
+        for parts in axes(entry).values()
+        for pair in zip(labels(parts, source), labels(parts, target), strict=False)
+    ]
+    return any(was != now and (both_have(was) or both_have(now)) for was, now in pairs)

@@ -1212,7 +1212,7 @@ def _laid_out(
                 ]
     if wrong:
         raise ValueError(
-            f"sizes that the layout does not explain: {few(wrong)}; exclude leaves out"
+            f"sizes that the layout does not explain: {few(wrong)}; exclude leaves these out"
         )
     return found
 
@@ -1246,6 +1246,8 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
             f"{name} takes slices of new variables from the model, and {lack}; give model=, one"
             " that is not on the meta device, or new='zeros'"
         )
+    if hasattr(target, "full_tensor"):
+        target = target.full_tensor()  # of a model under fully_shard, whose ranks all do this
     if isinstance(plan, str):
         return target.detach().to("cpu", tensor.dtype, copy=True)  # type: ignore[no-any-return]
     kept = [[at for at, origin in enumerate(each) if isinstance(origin, int)] for _, each in plan]
@@ -1257,16 +1259,17 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
     made = torch.zeros(sizes, dtype=tensor.dtype, device=device)
     if own:
         made.copy_(target.detach())
-    where = [torch.arange(size, device=device) for size in sizes]
-    for (axis, channels), at in zip(plan, kept, strict=True):
+    for axis, channels in plan:
         for place in (place for place, origin in enumerate(channels) if origin == "zeros"):
             made.select(axis, place).zero_()
-        where[axis] = torch.tensor(at, device=device)
-        if all(kept):
-            here = torch.tensor([channels[place] for place in at], device=device)
-            tensor = tensor.index_select(axis, here)
-    if all(kept):
-        made[torch.meshgrid(*where, indexing="ij")] = tensor
+    if not all(kept):
+        return made
+    there = [torch.arange(size, device=device) for size in sizes]
+    for (axis, channels), places in zip(plan, kept, strict=True):
+        there[axis] = torch.tensor(places, device=device)
+        here = torch.tensor([channels[place] for place in places], device=device)
+        tensor = tensor.index_select(axis, here)
+    made[torch.meshgrid(*there, indexing="ij")] = tensor
     return made
 
 

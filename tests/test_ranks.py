@@ -38,7 +38,7 @@ from anemoi_ckpt import (
     load_into,
 )
 from checkpoints import as_bytes, assert_same, odd_checkpoint
-from strategies import include, weights
+from strategies import align_variables, include, weights
 
 ROOT = Path(anemoi_ckpt.__file__).parent
 CHECKPOINT = {
@@ -546,6 +546,24 @@ def test_a_sharded_model_of_one_rank(world: Any, tmp_path: Path, device: str) ->
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(MismatchError, match="set_optimizer_state_dict"):
         load_into(model, tmp_path / "a.ckpt", optimizer=optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch's: of several devices
+@pytest.mark.parametrize("new", ["model", "zeros"])
+def test_a_sharded_model_of_other_variables(world: Any, tmp_path: Path, new: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    source, model = torch.nn.Linear(3, 4), torch.nn.Linear(4, 4)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "a.ckpt")
+    own = model.weight.detach().clone()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    before, after = {"t": 0, "z": 1, "u": 2}, {"u": 0, "q": 1, "t": 2, "z": 3}
+    align = align_variables(before, after, {"weight": {1: ["all"]}}, model=model, new=new)
+    load_into(model, tmp_path / "a.ckpt", align, group=world)
+    weight = model.weight.full_tensor()
+    assert torch.equal(weight[:, [2, 3, 0]], source.weight)
+    assert torch.equal(weight[:, 1], own[:, 1] if new == "model" else torch.zeros(4))
 
 
 # ── real processes ────────────────────────────────────────────────────────────────────────────

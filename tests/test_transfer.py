@@ -434,6 +434,25 @@ def test_another_order_is_refused_by_name(path: Path, strategies: Any) -> None:
     }
 
 
+def test_another_role_is_refused_and_told_of(path: Path) -> None:
+    """Read, too, a variable's output is an increment; as a forcing, it is none."""
+    roles = Variables(ERA5.names, ("cos_lat", "t_850"), ("tp", "cp", "sin_lat"))
+    new = Plain(roles)
+    told = r"\(t_850 from prognostic to forcing, sin_lat from forcing to diagnostic\).*extractor"
+    with pytest.raises(ValueError, match=told):
+        load_into(new, path, filter_shapes(new))
+    report = load_into(new, path, transfer_learning(new, new="zeros"))
+    assert report.variables["moved"] == ()
+    assert report.variables["recast"] == (
+        "t_850 from prognostic to forcing",
+        "sin_lat from forcing to diagnostic",
+    )
+    assert "2 recast: t_850 from" in repr(report)
+    bias = new.state_dict()["model.model.decoder.data.node_data_extractor.1.bias"]
+    assert bias[roles.outputs.index("sin_lat")] == 0
+    assert bias[roles.outputs.index("z_500")] != 0
+
+
 def test_padding_does_not_hide_another_order(path: Path) -> None:
     """Two steps of inputs: padded at the end, the second one's variables are the first one's."""
     more = Plain(Variables((*ERA5.names, "q_700"), *ERA5[1:]))

@@ -121,6 +121,7 @@ def test_kept_variables_take_their_slices_and_new_ones_the_models(path: Path) ->
         "moved": ("z from 1 to 0", "t from 0 to 2", "cos from 2 to 4"),
         "new": ("q", "sol"),
         "gone": ("tp",),
+        "recast": (),
     }
     assert set(report.aligned) == {*new.state_dict()} - {"encoder.bias"}
     for told in (
@@ -258,6 +259,12 @@ def test_the_same_variables_change_nothing(path: Path) -> None:
     assert made["optimizer_states"]
 
 
+def test_roles_of_what_is_not_there_are_none(path: Path) -> None:
+    target = {"name_to_index": OLD, "forcing": ["cos", "lsm"], "diagnostic": ["tp", "sf"]}
+    made = load(path, align_variables(target=target, layout=LAYOUT, model=Net(OLD)))
+    assert made["optimizer_states"]  # nothing was done
+
+
 def test_what_they_are_may_be_given_instead(path: Path) -> None:
     new = Net(NEW)
     expected = load(path, align_variables(layout=LAYOUT, model=new), weights)
@@ -273,7 +280,7 @@ def test_what_they_are_may_be_given_instead(path: Path) -> None:
     assert report.variables["new"] == ("q", "sol")
     assert "decoder.bias" in report.aligned
     made = load(path, align_variables(OLD, NEW, {**LAYOUT, **roles}, model=new))
-    assert made["hyper_parameters"]["data_indices"]["data"]["diagnostic"] == ["tp"]
+    assert made["hyper_parameters"]["data_indices"]["data"]["forcing"] == ["cos", "sol"]
 
 
 def test_a_collection_alone_stays_alone(tmp_path: Path) -> None:
