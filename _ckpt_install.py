@@ -104,11 +104,14 @@ def look(checkpoint: Any) -> Before:
 
 def realign(before: Before, alignment: Alignment) -> Before:
     """Note that a strategy puts the weights into the order of other variables."""
+    if not alignment.pairs:
+        return before
     so_far = before.alignment
+    others = before.variables if len(before.variables) > 1 else {}  # one alone has any name
     first = {d: (so_far.pairs.get(d, pair)[0], pair[1]) for d, pair in alignment.pairs.items()}
     return evolve(
         before,
-        variables={**before.variables, **{d: new for d, (_, new) in alignment.pairs.items()}},
+        variables={**others, **{d: new for d, (_, new) in alignment.pairs.items()}},
         alignment=Alignment(so_far.pairs | first, so_far.tensors | alignment.tensors),
     )
 
@@ -161,8 +164,8 @@ def match(
         raise MismatchError(
             place,
             told,
-            "put align_variables(model=model) before all else; if a strategy of yours has done so,"
-            " give load_into what load(place, …) gave, as a state dict",
+            "put align_variables(model=model) before all else, with a layout if the model is not"
+            " Anemoi's; where all is in order, give load_into a state dict, load(place, weights)",
         )
     filled = {id(model_tensors[name]) for name in fitting}  # one of tied names fills all
     absent = [name for name, value in model_tensors.items() if id(value) not in filled]
@@ -444,7 +447,9 @@ def variables_told(model: torch.nn.Module, before: Before) -> dict[str, tuple[st
     """List the variables by what became of them; nothing where one side does not tell."""
     known, pairs = read_model(model), before.alignment.pairs
     named = {dataset: pair for dataset, (pair, _) in paired(pairs, known).items()}  # as the model's
-    pairs = paired(before.variables, known) | (named or pairs)
+    both = paired(before.variables, known)
+    held = {n: pair for n, pair in both.items() if n in before.variables or len(known) == 1}
+    pairs = held | (named or pairs)
     told: dict[str, tuple[str, ...]] = {}
     for dataset, (old, new) in pairs.items():
         found = compare(old.index, new.index)

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -43,10 +44,15 @@ class Variables:
 
 
 def read_checkpoint(checkpoint: Any) -> dict[str, Variables]:
-    """Read the variables of each dataset that a checkpoint holds; none if it does not tell."""
+    """Read the variables of each dataset that a checkpoint holds; none if it does not tell.
+
+    They are among a training's hyper-parameters, or known to a module that was pickled whole.
+    """
     parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
     indices = parameters.get("data_indices") if isinstance(parameters, Mapping) else None
-    return _by_dataset(indices) or {}
+    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
+    whole = [_field(each, "data_indices") for each in modules if hasattr(each, "state_dict")]
+    return next((found for each in (indices, *whole) if (found := _by_dataset(each))), {})
 
 
 def read_model(model: Any) -> dict[str, Variables]:
@@ -71,7 +77,7 @@ def read_given(what: str, wanted: Any) -> dict[str, Variables]:
     named = isinstance(wanted, Mapping) and len(wanted) > 0
     if isinstance(wanted, torch.nn.Module):
         found = read_model(wanted)
-    elif named and all(hasattr(place, "__index__") for place in wanted.values()):  # numpy's, too
+    elif named and all(isinstance(place, Integral) for place in wanted.values()):  # numpy's, too
         found = {"data": Variables(dict(wanted))}
     elif named and any(_of(each) is not None for each in (wanted, *wanted.values())):
         found = _by_dataset(wanted) or {}
@@ -103,12 +109,21 @@ def _by_dataset(indices: Any) -> dict[str, Variables] | None:
 def _of(collection: Any) -> Variables | None:
     """Read what an ``IndexCollection``, its inert data, or a dict like it tells."""
     index = _field(collection, "name_to_index")
-    if not isinstance(index, Mapping):
+    if not isinstance(index, Mapping) or not all(isinstance(n, Integral) for n in index.values()):
         return None
     roles = [_field(collection, role) for role in ROLES]
-    forcing, diagnostic, target = (frozenset(names or ()) for names in roles)
+    sets = (frozenset(n for n in _listed(names) if isinstance(n, str)) for names in roles)
+    forcing, diagnostic, target = sets
     told = any(names is not None for names in roles)
     return Variables(dict(index), forcing, diagnostic, target, told, collection)
+
+
+def _listed(names: Any) -> list[Any]:
+    """List what there is to list: a file may hold anything."""
+    try:
+        return list(names)
+    except TypeError:
+        return []
 
 
 def _field(holder: Any, name: str) -> Any:
@@ -193,7 +208,7 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     See Also: align_variables
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"anemoi_layout takes a module, not {model!r}")
+        raise TypeError(f"anemoi_layout takes a module, not {type(model).__name__}")
     cores = (
         (f"{path}." if path else "", module)
         for path, module in model.named_modules()
@@ -311,6 +326,8 @@ def _channels(part: Part, variables: Variables) -> list[Any]:
 
 def disagreement(entry: Any, variables: Variables, shape: Sequence[int]) -> str:
     """Say where a shape is not what a layout adds up to; nothing where it is."""
+    if len({axis % max(len(shape), 1) for axis in axes(entry)}) < len(axes(entry)):
+        return f"has {len(shape)} axes, and its layout one of them twice"
     for axis, parts in axes(entry).items():
         if not -len(shape) <= axis < len(shape):
             return f"has no axis {axis}: its shape is {tuple(shape)}"
@@ -361,7 +378,11 @@ def read_layout(layout: Any, goal: Mapping[str, Variables]) -> dict[str, Layout]
             raise ValueError(f"a layout for {dataset}, and there are variables of {few(goal)}")
         entries = {glob: entry for glob, entry in each.items() if glob not in ROLES}
         roles = {role: names for role, names in each.items() if role in ROLES}
-        strange = [g for g, entry in entries.items() if entry != "model" and not _is_entry(entry)]
+        strange = [
+            glob
+            for glob, entry in entries.items()
+            if not isinstance(glob, str) or (entry != "model" and not _is_entry(entry))
+        ]
         strange += [role for role, names in roles.items() if not _are_names(names)]
         if strange:
             told = ", ".join(f"{glob!r}: {each[glob]!r}" for glob in strange)
@@ -376,7 +397,7 @@ def _is_entry(entry: Any) -> bool:
     if not along or {*entry} - {*along, "new"} or entry.get("new", "zeros") not in NEW:
         return False
     return all(
-        not isinstance(parts, str)
+        isinstance(parts, list | tuple)
         and all(part in GROUPS if isinstance(part, str) else _is_part(part) for part in parts)
         for parts in along.values()
     )
@@ -387,7 +408,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
 
 def check_new(new: Any, goal: Mapping[str, Variables]) -> None:
@@ -401,6 +422,8 @@ def check_new(new: Any, goal: Mapping[str, Variables]) -> None:
             raise ValueError(f"new is 'model', 'zeros' or a dict of variables, not {new!r}")
         return
     strange = [name for name in new if not any(name in each.index for each in goal.values())]
+    if not all(isinstance(wanted, str) for wanted in new.values()):
+        raise ValueError(f"new has the name of a variable for each, 'model' or 'zeros': {new!r}")
     if strange:
         raise ValueError(f"new is for variables that are wanted, which {few(strange)} is not")
 
@@ -426,11 +449,10 @@ def with_roles(variables: Variables, *others: Variables) -> Variables:
 
 
 def paired(source: Mapping[str, A], target: Mapping[str, B]) -> dict[str, tuple[A, B]]:
-    """Pair datasets of the same name, or two that are alone, by the target's names."""
-    if len(source) == len(target) == 1:
-        return {
-            name: (each, target[name]) for name, each in zip(target, source.values(), strict=True)
-        }
+    """Pair datasets of the same name, by the target's; or what is alone, whatever it is called."""
+    if len(source) == 1 and not source.keys() & target.keys():
+        alone = next(iter(source.values()))
+        return {name: (alone, each) for name, each in target.items()}
     return {name: (source[name], each) for name, each in target.items() if name in source}
 
 
@@ -454,14 +476,14 @@ def changed(
     pairs = {}
     for dataset, (old, new) in ((d, pair) for d, pair in begun.items() if d in layouts):
         told = layouts[dataset].roles
-        after = with_roles(new, told, old)
-        now = own[dataset][0].index if dataset in own else old.index
-        if now not in (old.index, new.index):
+        now = own[dataset][0] if dataset in own else old
+        if now.index not in (old.index, new.index):
             raise ValueError(
                 "the checkpoint's variables are not those given as source:"
-                f" {differences(old.index, now)}"
+                f" {differences(old.index, now.index)}"
             )
-        before = replace(with_roles(old, told, new), index=now)
+        before = with_roles(now, old, told, new)
+        after = with_roles(new, told, before)
         if before != after:
             pairs[dataset] = before, after
     return pairs
@@ -520,7 +542,7 @@ def rewritten(indices: Any, alignment: Alignment) -> Any:
 
 def _told(variables: Variables) -> dict[str, Any]:
     roles = {role: sorted(getattr(variables, role)) for role in ROLES}
-    return {"name_to_index": variables.index, **roles}
+    return {"name_to_index": dict(variables.index), **roles}
 
 
 def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str, Variables]) -> str:
@@ -534,8 +556,10 @@ def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str,
     try:
         layouts = anemoi_layout(model) if pairs else {}
     except ValueError:
-        moved = any(compare(old.index, new.index)["moved"] for old, new in pairs.values())
-        found = list(names) if moved else []
+        moved = [
+            compare(*(v.index for v in pair))["moved"] or recast(*pair) for pair in pairs.values()
+        ]
+        found = list(names) if any(moved) else []
     else:
         found = [
             name
@@ -567,9 +591,17 @@ def _clashes(entry: Any, source: Variables, target: Variables) -> bool:
         name = channel[0] if isinstance(channel, tuple) else channel
         return isinstance(name, int) or (name in source.index and name in target.index)
 
+    if entry == "model" and _standing(source) != _standing(target):
+        return True
     pairs = [
         pair
         for parts in axes(entry).values()
         for pair in zip(labels(parts, source), labels(parts, target), strict=False)
     ]
     return any(was != now and (both_have(was) or both_have(now)) for was, now in pairs)
+
+
+def _standing(variables: Variables) -> list[tuple[bool, ...]]:
+    """Give, in the order of the indices, which roles what stands there has: what positions tell."""
+    names = sorted(variables.index, key=variables.index.__getitem__)
+    return [tuple(name in getattr(variables, role) for role in ROLES) for name in names]

@@ -619,11 +619,11 @@ def load_into(  # noqa: PLR0913 - by keyword
         return given
 
     def noted(strategy: Strategy) -> Strategy:
-        if not hasattr(strategy, "alignment"):  # strategies.align_variables tells it
+        if not hasattr(strategy, "variable_alignment"):  # strategies.align_variables tells it
             return strategy
 
         def note(given: Any) -> Any:
-            before[:] = [realign(before[0], strategy.alignment(given))]
+            before[:] = [realign(before[0], strategy.variable_alignment(given))]
             return strategy(given)
 
         return note

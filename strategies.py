@@ -33,7 +33,6 @@ from _ckpt_variables import (
     Plan,
     Variables,
     anemoi_layout,
-    axes,
     changed,
     check_new,
     differences,
@@ -657,7 +656,10 @@ def _in_order(model: Model, strategy: Strategy) -> Strategy:
         fits = [n for n, shape in _shapes(weights(fitted)).items() if wanted.get(n) == shape]
         told = misplaced(model, fits, read_checkpoint(checkpoint))
         if told:
-            raise ValueError(f"{told}; put align_variables(model=model) before")
+            raise ValueError(
+                f"{told}; put align_variables(model=model) before, with a layout if the model is"
+                " not Anemoi's"
+            )
         return fitted
 
     return checked
@@ -1135,7 +1137,7 @@ def align_variables(
             ``"forcing"``, ``"diagnostic"`` and ``"target"``. By dataset where there are several.
             None derives it from the model with `anemoi_layout`.
         model: gives the slices of new variables, as they are when the strategy runs. A tensor that
-            differs from the model's in another axis stays as it is, for `filter_shapes`.
+            would need some, and is not as wide as the model's, is left out.
         new: ``"model"``; ``"zeros"``, with which a new variable starts without a say; or for some
             of the new ones the variable of the checkpoint whose slices they get a copy of
             (``{"t_925": "t_850"}``), or either of these.
@@ -1162,7 +1164,11 @@ def align_variables(
 
     def alignment(checkpoint: Any) -> Alignment:
         pairs = changed(read_checkpoint(checkpoint), start, goal, layouts)
-        return Alignment(pairs, _laid_out(pairs, layouts, weights(checkpoint), targets))
+        tensors = _laid_out(pairs, layouts, weights(checkpoint), targets)
+        here = {dataset for dataset, _ in tensors.values()}
+        if pairs and not here:
+            raise ValueError(f"none of the layout's tensors: {few(weights(checkpoint))}")
+        return Alignment({d: pair for d, pair in pairs.items() if d in here}, tensors)
 
     def aligned(checkpoint: Any) -> Any:
         found = alignment(checkpoint)
@@ -1172,13 +1178,25 @@ def align_variables(
             name: origins(name, entry, *found.pairs[dataset], new)
             for name, (dataset, entry) in found.tensors.items()
         }
-        chosen = {n: (plan, n in targets and _alias(targets[n])) for n, plan in plans.items()}
+        state_dict = weights(checkpoint)
+        fitting = {
+            n: t
+            for n, t in state_dict.items()
+            if n not in plans or _fits(t, plans[n], targets.get(n))
+        }
+        chosen = {
+            n: (plan, n in targets and _alias(targets[n]))
+            for n, plan in plans.items()
+            if n in fitting
+        }
         made = _change(
-            weights(checkpoint), chosen, lambda n, t: _indexed(n, t, plans[n], targets.get(n))
+            _like(state_dict, fitting),
+            chosen,
+            lambda n, t: _indexed(n, t, plans[n], targets.get(n)),
         )
         return _in_new_order(_put(checkpoint, _path(checkpoint), made), found)
 
-    aligned.alignment = alignment  # type: ignore[attr-defined] # what load_into reports
+    aligned.variable_alignment = alignment  # type: ignore[attr-defined] # what load_into reports
     return aligned
 
 
@@ -1200,16 +1218,14 @@ def _laid_out(
         for name, glob in ((name, glob) for glob, each in chosen.items() for name in each):
             if name in found:
                 raise ValueError(f"the layout has {name} twice; {glob!r} chooses it again")
-            tensor, goal = state_dict[name], targets.get(name)
-            if not targets or _differs_along(axes(entries[glob]), tensor, goal):
-                found[name] = dataset, entries[glob]
-                sizes = {"the checkpoint": (tensor, old)}
-                sizes |= {"the model": (goal, new)} if targets else {}
-                wrong += [
-                    f"{name} {told} in {where}"
-                    for where, (each, variables) in sizes.items()
-                    if (told := disagreement(entries[glob], variables, each.shape))
-                ]
+            found[name] = dataset, entries[glob]
+            sizes = {"the checkpoint": (state_dict[name], old)}
+            sizes |= {"the model": (targets[name], new)} if name in targets else {}
+            wrong += [
+                f"{name} {told} in {where}"
+                for where, (tensor, variables) in sizes.items()
+                if (told := disagreement(entries[glob], variables, tensor.shape))
+            ]
     if wrong:
         raise ValueError(
             f"sizes that the layout does not explain: {few(wrong)}; exclude leaves these out"
@@ -1221,30 +1237,41 @@ def _check_absent(glob: str, names: Sequence[str], targets: Mapping[str, Any]) -
     """Refuse a glob that chooses nothing, unless it chooses what the model has and no other has."""
     if not _chosen(targets, [glob], missing_ok=True):
         _chosen(names, [glob])
-    alike = [name for name in names if name.endswith(f".{glob}") or glob.endswith(f".{name}")]
+    alike = [name for name in names if _is_alike(name, glob)]
     if alike:
         raise ValueError(
             f"there is no {glob}, but {few(alike)}; strip_prefix or add_prefix gives names alike"
         )
 
 
-def _differs_along(along: Iterable[int], tensor: Any, target: Any) -> bool:
-    """Tell whether a tensor differs from the model's in nothing but some axes."""
+def _is_alike(one: str, other: str) -> bool:
+    """Tell whether names are the same but for what is before them."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def _fits(tensor: torch.Tensor, plan: Plan, target: Any) -> bool:
+    """Tell whether a tensor can be put together: with slices of the model, if it is as wide."""
+    if isinstance(plan, str) or target is None or not _of_model(plan):
+        return isinstance(plan, str) or _is_strided(tensor)
     if not (_is_strided(tensor) and _is_strided(target)) or tensor.dim() != target.dim():
         return False
+    along = {axis % tensor.dim() for axis, _ in plan}
     pairs = enumerate(zip(tensor.shape, target.shape, strict=True))
-    free = {axis % max(tensor.dim(), 1) for axis in along}
-    return not free or all(size == wanted or axis in free for axis, (size, wanted) in pairs)
+    return all(size == wanted or axis in along for axis, (size, wanted) in pairs)
+
+
+def _of_model(plan: Plan) -> bool:
+    """Tell whether a tensor takes anything from the model."""
+    return isinstance(plan, str) or any("model" in channels for _, channels in plan)
 
 
 def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.Tensor:
     """Put a tensor together from its own slices, the model's and zeros."""
-    own = isinstance(plan, str) or any("model" in channels for _, channels in plan)
-    if own and (target is None or target.is_meta):
-        lack = "no model is given" if target is None else "the model is hollow"
+    if _of_model(plan) and (target is None or target.is_meta):
+        lack = "none is given that has it" if target is None else "that is hollow"
         raise ValueError(
-            f"{name} takes slices of new variables from the model, and {lack}; give model=, one"
-            " that is not on the meta device, or new='zeros'"
+            f"{name} takes slices of new variables from a model, and {lack}; give model=, not on"
+            " the meta device, or new='zeros', which is for all but statistics"
         )
     if hasattr(target, "full_tensor"):
         target = target.full_tensor()  # of a model under fully_shard, whose ranks all do this
@@ -1257,7 +1284,7 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
     for axis, channels in plan:
         sizes[axis] = len(channels)
     made = torch.zeros(sizes, dtype=tensor.dtype, device=device)
-    if own:
+    if _of_model(plan):
         made.copy_(target.detach())
     for axis, channels in plan:
         for place in (place for place, origin in enumerate(channels) if origin == "zeros"):
@@ -1368,8 +1395,14 @@ def transfer_learning(
     """Take what fits the model, without the progress of its training.
 
     Where checkpoint and model both know their variables, and the model is one of Anemoi's, the
-    weights are put into its order first, and `new` is for its new variables: see `align_variables`.
-    What has another shape is skipped, or refused where `skip_mismatched` is False.
+    weights are put into its order first, and `new` is for its new variables: see `align_variables`
+    (also for what it refuses: other counts of steps or of trainable features, for which `exclude`
+    is the way). What has another shape is skipped, or refused where `skip_mismatched` is False.
+
+    Raises:
+        TypeError: the model is neither a module nor a dict.
+        ValueError: it has no state dict, or `new` asks for what nobody knows; (the strategy) as
+            `align_variables`, and `require_match` where `skip_mismatched` is False.
 
     >>> pretrained = {"state_dict": {"a": torch.ones(1), "b": torch.ones(2)}, "epoch": 3}
     >>> transfer_learning({"a": torch.zeros(1), "b": torch.zeros(5)})(pretrained)
@@ -1389,19 +1422,28 @@ def _align_where_known(model: Model, new: Any) -> list[Strategy]:
     except ValueError:  # it is none of Anemoi's
         layout = {}
     if not layout:
-        check_new(new, {})
+        if new != "model":
+            raise ValueError(
+                f"new={new!r} needs one of Anemoi's models, or align_variables a layout"
+            )
         return []
-    align = align_variables(layout=layout, model=model, new=new)
-    goal = read_model(model)
+    align: Any = align_variables(layout=layout, model=model, new=new)
+    goal, names = read_model(model), {name for each in layout.values() for name in each}
+
+    def can(checkpoint: Any) -> bool:
+        known = paired(read_checkpoint(checkpoint), goal)
+        # what has none of the names has nothing to align; under another prefix that is an error
+        return bool(known) and any(
+            _is_alike(name, held) for name in names for held in weights(checkpoint)
+        )
 
     def aligned(checkpoint: Any) -> Any:
-        return align(checkpoint) if paired(read_checkpoint(checkpoint), goal) else checkpoint
+        return align(checkpoint) if can(checkpoint) else checkpoint
 
     def alignment(checkpoint: Any) -> Alignment:
-        known = paired(read_checkpoint(checkpoint), goal)
-        return align.alignment(checkpoint) if known else Alignment({}, {})  # type: ignore[attr-defined] # as align_variables made it
+        return align.variable_alignment(checkpoint) if can(checkpoint) else Alignment({}, {})
 
-    aligned.alignment = alignment  # type: ignore[attr-defined] # what load_into reports
+    aligned.variable_alignment = alignment  # type: ignore[attr-defined] # what load_into reports
     return [aligned]
 
 

@@ -24,6 +24,7 @@ from strategies import (
     filter_shapes,
     include,
     pad_or_slice,
+    rename,
     require_match,
     require_variables,
     standard,
@@ -379,8 +380,9 @@ def test_transfer_learning_goes_on_where_there_is_nothing_to_align(path: Path) -
     report = load_into(same, path, transfer_learning(same), strict=True)
     assert report.variables["kept"] == ERA5.names
     assert report.aligned == report.variables["moved"] == ()
-    with pytest.raises(ValueError, match="which w is not"):
-        transfer_learning(torch.nn.Linear(1, 1), new={"w": "t"})
+    for new_ones in ({"w": "t"}, "zeros"):
+        with pytest.raises(ValueError, match="needs one of Anemoi's models"):
+            transfer_learning(torch.nn.Linear(1, 1), new=new_ones)
 
 
 def test_a_hollow_model_is_transferred_to_with_zeros(path: Path) -> None:
@@ -398,7 +400,7 @@ def test_what_has_no_variables_may_be_loaded_in_any_order(path: Path) -> None:
     assert report.loaded == tuple(
         n for n in new.state_dict() if n.startswith("model.model.processor.")
     )
-    report = load_into(new, path, exclude("*.node_data_extractor.*"), filter_shapes(new))
+    report = load_into(new, path, exclude("*.node_data_extractor.*", "*_idx"), filter_shapes(new))
     assert report.loaded
     more = Plain(Variables((*ERA5.names, "q_700"), *ERA5[1:]))
     report = load_into(more, path, filter_shapes(more))
@@ -451,6 +453,58 @@ def test_another_role_is_refused_and_told_of(path: Path) -> None:
     bias = new.state_dict()["model.model.decoder.data.node_data_extractor.1.bias"]
     assert bias[roles.outputs.index("sin_lat")] == 0
     assert bias[roles.outputs.index("z_500")] != 0
+
+
+def test_positions_of_other_roles_are_refused(path: Path) -> None:
+    """Where the networks do not fit, and the normalisers' indices do by their shape."""
+    wide = torch.nn.Module()
+    roles = Variables(ERA5.names, ("cos_lat",), ("sin_lat", "cp"))
+    wide.model = interface({"data": roles}, "GraphTransformer", channels=16)
+    with pytest.raises(ValueError, match=r"normalizer\._input_idx"):
+        load_into(wide, path, filter_shapes(wide))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_whole_module_knows_its_variables(tmp_path: Path, beside: bool, trust: bool) -> None:
+    """As Anemoi writes for inference."""
+    old, new = Plain(ERA5).model, Plain(Variables(ERA5.names[::-1], *ERA5[1:])).model
+    path = tmp_path / "inference-last.ckpt"
+    torch.save({"model": old, "epoch": 3} if beside else old, path)
+    for chain in ((), (weights,), (filter_shapes(new),), (cast(torch.float64),)):
+        with pytest.raises(ValueError, match=r"moved sin_lat from 6 to 0.*align_variables"):
+            load_into(new, path, *chain, trust=trust)
+    for strategy in (align_variables(model=new), transfer_learning(new)):
+        report = load_into(new, path, strategy, trust=trust)
+        assert report.variables["kept"] == ERA5.names[::-1]
+        assert report.aligned
+        knowledge_is_preserved(
+            old, new, {"data": ERA5}, {"data": Variables(ERA5.names[::-1], *ERA5[1:])}
+        )
+
+
+def test_a_dataset_under_a_new_name_is_the_one_that_was_alone(path: Path) -> None:
+    """Renamed before, it is aligned; renamed after, that is an error; unaligned, too."""
+    moved = Variables(ERA5.names[::-1], *ERA5[1:])
+    one, two = torch.nn.Module(), torch.nn.Module()
+    one.model = interface({"era5": moved}, "GraphTransformer")
+    two.model = interface({"era5": moved, "cerra": CERRA}, "GraphTransformer")
+    named = rename(r"(\.|latlons_)data\b", r"\1era5")
+    old = Plain(ERA5).model
+    load_into(old, path, strip_prefix("model."), filter_shapes(old.state_dict()))
+    for new in (one, two):
+        with pytest.raises(ValueError, match=r"moved sin_lat from 6 to 0.*align_variables"):
+            load_into(new, path, named, filter_shapes(new))
+        with pytest.raises(ValueError, match=r"none of the layout's tensors"):
+            load_into(new, path, align_variables(model=new), named)
+        for align in (align_variables(model=new), transfer_learning(new)):
+            assert load_into(new, path, named, align, exclude("none", missing_ok=True)).aligned
+    values = [
+        new.state_dict()["model.model.decoder.era5.node_data_extractor.1.bias"]
+        for new in (one, two)
+    ]
+    held = load(path, weights)["model.model.decoder.data.node_data_extractor.1.bias"]
+    assert values[0].tolist() == values[1].tolist() == held.flip(0).tolist()
 
 
 def test_padding_does_not_hide_another_order(path: Path) -> None:
