@@ -1087,8 +1087,9 @@ def require_variables(
         ...
     ValueError: the checkpoint's variables are not those wanted
       data: added sst; removed tp; moved msl from 1 to 0, 2t from 0 to 1
+      align_variables puts the weights into their order
 
-    See Also: variables, take
+    See Also: variables, align_variables
     """
     expected = {d: each.index for d, each in read_given("require_variables", wanted).items()}
 
@@ -1100,7 +1101,10 @@ def require_variables(
             if found.get(dataset) != expected.get(dataset)
         )
         if told:
-            raise ValueError(f"the checkpoint's variables are not those wanted{told}")
+            raise ValueError(
+                f"the checkpoint's variables are not those wanted{told}\n  align_variables puts"
+                " the weights into their order"
+            )
         return checkpoint
 
     return required
@@ -1300,10 +1304,8 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
     return made
 
 
-def _in_new_order(checkpoint: Any, alignment: Alignment) -> Any:
+def _in_new_order(checkpoint: Mapping[str, Any], alignment: Alignment) -> dict[str, Any]:
     """Say that a checkpoint's variables are others, and drop what is still in the old order."""
-    if not isinstance(checkpoint, Mapping):
-        return checkpoint
     averages = {*_EMA, "current_model_state"}
     made = _without(checkpoint, averages | {key for key in _OPTIMIZER if "optim" in key})
     if isinstance(made.get("callbacks"), Mapping):
@@ -1311,8 +1313,8 @@ def _in_new_order(checkpoint: Any, alignment: Alignment) -> Any:
             name: _without(state, averages) if isinstance(state, Mapping) else state
             for name, state in made["callbacks"].items()
         }
-    if read_checkpoint(made):
-        parameters = made["hyper_parameters"]
+    parameters: Any = made.get("hyper_parameters")
+    if read_checkpoint({"hyper_parameters": parameters}):
         indices = rewritten(parameters["data_indices"], alignment)
         made["hyper_parameters"] = _like(parameters, {**parameters, "data_indices": indices})
     return made

@@ -992,7 +992,8 @@ def test_require_variables_says_which() -> None:
     assert str(caught.value) == (
         "the checkpoint's variables are not those wanted\n"
         "  era5: added sst; removed msl; moved tp from 2 to 1\n"
-        "  cerra: added 2t"
+        "  cerra: added 2t\n"
+        "  align_variables puts the weights into their order"
     )
     with pytest.raises(ValueError, match="data: added 2t\n  era5: removed 2t, msl, tp"):
         require_variables({"2t": 0})(checkpoint)

@@ -294,6 +294,14 @@ def test_what_a_file_tells_may_be_anything(tmp_path: Path) -> None:
         assert load_into(nn.Linear(1, 1), tmp_path / "last.ckpt").loaded == ("weight",)
 
 
+def test_a_module_beside_the_weights_is_left_alone() -> None:
+    teacher = Net(OLD)
+    checkpoint = {"model": teacher.state_dict(), "teacher": teacher}
+    made = align_variables(layout=LAYOUT, model=Net(MOVED))(checkpoint)
+    assert made["teacher"] is teacher
+    assert torch.equal(made["model"]["decoder.bias"], teacher.decoder.bias[[1, 0, 2]])
+
+
 def test_the_result_is_its_own(path: Path) -> None:
     align = align_variables(OLD, NEW, {**LAYOUT, **ROLES}, model=Net(NEW))
     made = load(path, align)
