@@ -91,7 +91,10 @@ def read_given(what: str, wanted: Any) -> dict[str, Variables]:
     return found
 
 
-NO_VARIABLES = "no variables: no hyper_parameters['data_indices'] with a name_to_index"
+NO_VARIABLES = (
+    "no variables: no hyper_parameters['data_indices'] with a name_to_index, nor a module that"
+    " knows them"
+)
 
 
 def _by_dataset(indices: Any) -> dict[str, Variables] | None:

@@ -9,7 +9,7 @@ tied entries stay tied. A model may be given as a module or as its state dict, u
 A glob chooses a name, or all names under it: ``encoder`` chooses ``encoder.weight`` and not
 ``model.encoder.weight``, which ``model.encoder`` and ``*.encoder`` do.
 
-compose · choose · fit · rename · change values · progress · Anemoi · recipes · freeze
+compose · choose · fit · rename · change values · progress · variables · recipes · freeze
 """
 
 from __future__ import annotations
@@ -1040,7 +1040,7 @@ def keep_progress(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return checkpoint
 
 
-# ── Anemoi ────────────────────────────────────────────────────────────────────────────────────
+# ── variables ─────────────────────────────────────────────────────────────────────────────────
 
 _PROCESSORS = re.compile(r"((?:model\.)*)((?:pre|post)_processors(_tendencies)?\..*)")
 
@@ -1048,8 +1048,9 @@ _PROCESSORS = re.compile(r"((?:model\.)*)((?:pre|post)_processors(_tendencies)?\
 def variables(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Give the index of each variable by its name, for each dataset of an Anemoi checkpoint.
 
-    From ``hyper_parameters["data_indices"]``: an ``IndexCollection`` for each dataset, or one
-    alone, whose dataset is then called ``data``. Objects read without their class will do.
+    From ``hyper_parameters["data_indices"]``, or those of a module that was pickled whole: an
+    ``IndexCollection`` for each dataset, or one alone, whose dataset is then called ``data``.
+    Objects read without their class will do.
 
     Raises:
         ValueError: there are none; says where they were looked for.
