@@ -266,7 +266,7 @@ def _mapped(front: str, core: Any, tensors: Mapping[str, Any], dataset: str) -> 
 
 def _matrices(tensors: Mapping[str, Any], front: str) -> list[str]:
     found = [name for name in tensors if name.startswith(front)]
-    return [name for name in found if getattr(tensors[name], "ndim", 0) == 2]  # noqa: PLR2004
+    return [name for name in found if getattr(tensors[name], "ndim", 0) == 2]  # noqa: PLR2004 - a matrix
 
 
 def _bounded(front: str, core: Any, dataset: str) -> dict[str, Any]:

@@ -1281,7 +1281,7 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
     if hasattr(target, "full_tensor"):
         target = target.full_tensor()  # of a model under fully_shard, whose ranks all do this
     if isinstance(plan, str):
-        return target.detach().to("cpu", tensor.dtype, copy=True)  # type: ignore[no-any-return]
+        return target.detach().to("cpu", tensor.dtype, copy=True)  # type: ignore[no-any-return] # a tensor by now
     kept = [[at for at, origin in enumerate(each) if isinstance(origin, int)] for _, each in plan]
     # a tensor that gives nothing is not asked for anything, so that it is not moved
     device = tensor.device if all(kept) else torch.device("cpu")

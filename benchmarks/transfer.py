@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from anemoi_ckpt import load_into  # noqa: E402 - found now
-from strategies import transfer_learning  # noqa: E402
-from weather import KINDS, Variables, interface  # noqa: E402
+from strategies import transfer_learning  # noqa: E402 - likewise
+from weather import KINDS, Variables, interface  # noqa: E402 - likewise
 
 FORCING, DIAGNOSTIC = ("cos_lat", "insolation"), ("tp", "cp")
 BEFORE = Variables(
