@@ -568,7 +568,7 @@ def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str,
             name
             for name in names
             for dataset, pair in pairs.items()
-            if _clashes(layouts[dataset].get(name), *pair)
+            if _clashes(layouts.get(dataset, {}).get(name), *pair)
         ]
     if not found:
         return ""

@@ -1256,8 +1256,10 @@ def _is_alike(one: str, other: str) -> bool:
 
 def _fits(tensor: torch.Tensor, plan: Plan, target: Any) -> bool:
     """Tell whether a tensor can be put together: with slices of the model, if it is as wide."""
-    if isinstance(plan, str) or target is None or not _of_model(plan):
-        return isinstance(plan, str) or _is_strided(tensor)
+    if isinstance(plan, str):
+        return True
+    if target is None or not _of_model(plan):
+        return _is_strided(tensor)
     if not (_is_strided(tensor) and _is_strided(target)) or tensor.dim() != target.dim():
         return False
     along = {axis % tensor.dim() for axis, _ in plan}
@@ -1281,7 +1283,7 @@ def _indexed(name: str, tensor: torch.Tensor, plan: Plan, target: Any) -> torch.
     if hasattr(target, "full_tensor"):
         target = target.full_tensor()  # of a model under fully_shard, whose ranks all do this
     if isinstance(plan, str):
-        return target.detach().to("cpu", tensor.dtype, copy=True)  # type: ignore[no-any-return] # a tensor by now
+        return _detached(target).to(tensor.dtype)  # type: ignore[no-any-return] # a tensor by now
     kept = [[at for at, origin in enumerate(each) if isinstance(origin, int)] for _, each in plan]
     # a tensor that gives nothing is not asked for anything, so that it is not moved
     device = tensor.device if all(kept) else torch.device("cpu")
@@ -1434,11 +1436,11 @@ def _align_where_known(model: Model, new: Any) -> list[Strategy]:
     goal, names = read_model(model), {name for each in layout.values() for name in each}
 
     def can(checkpoint: Any) -> bool:
-        known = paired(read_checkpoint(checkpoint), goal)
+        if not paired(read_checkpoint(checkpoint), goal):
+            return False
         # what has none of the names has nothing to align; under another prefix that is an error
-        return bool(known) and any(
-            _is_alike(name, held) for name in names for held in weights(checkpoint)
-        )
+        state_dict = weights(checkpoint)
+        return any(_is_alike(name, held) for name in names for held in state_dict)
 
     def aligned(checkpoint: Any) -> Any:
         return align(checkpoint) if can(checkpoint) else checkpoint

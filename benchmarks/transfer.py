@@ -4,7 +4,7 @@
 
 Trains a real encoder-processor-decoder of anemoi-models (of each kind of mapper) on made-up
 weather: states of coupled variables on a few nodes, driven by forcings. Then it goes on with other
-variables: all moved, two new ones (a prognostic, a forcing), one diagnostic one gone. Losses are
+variables: most moved, two new ones (a prognostic, a forcing), one diagnostic one gone. Losses are
 mean squared errors of a step on held-out data, normalised: before any training, of the variables
 that both know, and of all; and of all after some steps of training. Means of the seeds.
 """
