@@ -1,46 +1,38 @@
 """Load a PyTorch checkpoint from anywhere, moving only the bytes that are used.
 
-Read from top to bottom, this file is the way a checkpoint takes::
+Read from top to bottom, this is the way that a checkpoint takes, by rooms of `_anemoi_ckpt`::
 
-    text ──parse_uri, resolve──▶ URI ──open_stream, read_range──▶ bytes
-    first + last block ──▶ archive ──▶ hollow checkpoint (every tensor on the meta device)
-    hollow ──strategies──▶ the records that the result still needs
-    records ──ranges, in parallel, CRC-checked──▶ tensors ──strategies──▶ result
+    text ──parse_uri, resolve──▶ URI ──open_stream, read_range──▶ bytes            places, transport
+    first + last block ──opened──▶ Opened                                          opening, formats
+    Opened ──planned(strategies)──▶ Planned: the hollow result, and what it needs  planning, hollow
+    Planned.needed ──fetched──▶ storages, CRC-checked                              fetching
+    storages ──planned(strategies)──▶ result                                       loading
 
-load · look · keep · install · command line
+load · look · keep · install
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import gc
-import importlib.util
-import json
+import importlib
+import importlib.metadata
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 
-from _ckpt_archive import Archive, unreadable
-from _ckpt_contents import Contents, array_records, arrays_of, find_metadata, look_into
-from _ckpt_download import (
-    Transfer,
-    cache_entries,
-    cache_folder,
-    clear_cache,
-    download_shared,
-    download_to,
-    download_to_cache,
-)
-from _ckpt_errors import (
+from _anemoi_ckpt import metadata as _metadata
+from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
+from _anemoi_ckpt.calls import public
+from _anemoi_ckpt.contents import Contents, look_into
+from _anemoi_ckpt.downloading import Transfer, download_shared, download_to
+from _anemoi_ckpt.errors import (
     AccessDeniedError,
     ChangedError,
     CheckpointError,
@@ -52,36 +44,18 @@ from _ckpt_errors import (
     NotACheckpointError,
     UnreachableError,
     UnsafeCheckpointError,
-    redact,
 )
-from _ckpt_fetch import Fetcher, memory
-from _ckpt_hollow import Ledger, asks_for_values, build
-from _ckpt_hubs import HFURI, MLflowURI
-from _ckpt_inert import Inert, InertGlobal, Trust, trusted, walk
-from _ckpt_install import (
-    Before,
-    Match,
-    Report,
-    check_enough,
-    install,
-    look,
-    match,
-    realign,
-    variables_told,
-)
-from _ckpt_open import compression, read_archive, read_archive_shared
-from _ckpt_places import (
-    GCSURI,
-    HTTPURI,
-    S3URI,
+from _anemoi_ckpt.installing import install
+from _anemoi_ckpt.loading import Loaded, checked, loaded
+from _anemoi_ckpt.matching import Terms, matched, tracked
+from _anemoi_ckpt.opening import opened
+from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
+from _anemoi_ckpt.places import (
     URI,
-    AzureURI,
     Buffers,
-    LocalURI,
     Params,
     Version,
-    imported,
-    links,
+    check_params,
     open_stream,
     open_writer,
     parse_uri,
@@ -90,17 +64,20 @@ from _ckpt_places import (
     register_scheme,
     resolve,
 )
-from _ckpt_ranks import joined
-from _ckpt_sources import (
-    RETRIES,
-    Progress,
-    Source,
-    Transport,
-    locate,
-    stream_pinned,
-)
-from _ckpt_tables import sized
-from _ckpt_write import embedded, write_safetensors, write_zip
+from _anemoi_ckpt.places.azure import AzureURI
+from _anemoi_ckpt.places.gcs import GCSURI
+from _anemoi_ckpt.places.http import HTTPURI
+from _anemoi_ckpt.places.huggingface import HFURI
+from _anemoi_ckpt.places.local import LocalURI
+from _anemoi_ckpt.places.mlflow import MLflowURI
+from _anemoi_ckpt.places.s3 import S3URI
+from _anemoi_ckpt.planning import Strategy, applied
+from _anemoi_ckpt.progress import Progress
+from _anemoi_ckpt.ranks import joined
+from _anemoi_ckpt.report import Report, reported
+from _anemoi_ckpt.saving import write_checkpoint
+from _anemoi_ckpt.steps import takes_strategies
+from _anemoi_ckpt.transport import RETRIES, Transport, locate
 
 __all__ = [
     "GCSURI",
@@ -145,17 +122,35 @@ __all__ = [
 ]
 
 
+# Where `import anemoi_ckpt.strategies` looks: this module stands in for a package.
+__path__ = [str(Path(__file__).with_name("_anemoi_ckpt") / "aliases")]
+
+if TYPE_CHECKING:
+    # Exported, hence `as`: a module of the stub package of setup.py, which may be installed or not.
+    from anemoi_ckpt import strategies as strategies  # type: ignore[attr-defined, unused-ignore] # noqa: PLC0414
+
+    __version__: str
+else:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        """Import `strategies`, and look up `__version__`, when first asked."""
+        if name == "strategies":
+            return importlib.import_module("anemoi_ckpt.strategies")
+        if name == "__version__":
+            return importlib.metadata.version("anemoi-ckpt")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def __dir__() -> list[str]:
     """List what is public, for completion in a shell."""
-    return __all__
-
-
-Strategy = Callable[[Any], Any]
+    return [*__all__, "__version__", "strategies"]
 
 
 # ── load ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@takes_strategies
+@public
 def load(  # noqa: PLR0913 - by keyword
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
@@ -200,6 +195,8 @@ def load(  # noqa: PLR0913 - by keyword
             (None if the place does not tell).
 
     Raises:
+        TypeError: `uri` is no place, a strategy is not a function or returned None, something to
+            trust is neither a class nor a function, or the place reads no such `transport_params`.
         CheckpointError: says where, what is wrong and what to do.
 
     >>> import tempfile
@@ -209,107 +206,14 @@ def load(  # noqa: PLR0913 - by keyword
     {'w': tensor([1., 1.])}
     """
     transport = Transport(transport_params, retries, timeout, cached, group)
-    return _load(uri, strategies, trusted(trust), transport, progress).checkpoint
-
-
-load.takes_strategies = True  # type: ignore[attr-defined] # strategies.compose hands them over
-
-
-@frozen
-class _Loaded:
-    """What a load gave, and what it took, in bytes."""
-
-    checkpoint: Any
-    moved: int
-    stored: int
-
-
-def _load(
-    uri: str | os.PathLike[str] | URI,
-    strategies: Sequence[Strategy],
-    trust: Trust,
-    transport: Transport,
-    progress: Progress,
-) -> _Loaded:
-    for strategy in strategies:
-        if not callable(strategy):
-            raise TypeError(f"a strategy is a function of a checkpoint, not {strategy!r}")
-
-    def survive(fetcher: Fetcher, origin: Source, source: Source, archive: Archive) -> _Loaded:
-        checkpoint = _survivors(source, archive, strategies, trust, fetcher)
-        return _Loaded(checkpoint, sum(origin.moved), origin.size)
-
-    def alone() -> _Loaded:
-        use = functools.partial(survive, Fetcher(progress))
-        return read_archive(locate(uri, transport), transport, progress, use)
-
-    if transport.group is None:
-        return alone()
-    with joined(transport, parse_uri(uri)) as ranks:
-        if transport.cached:  # one for each machine downloads it
-            return ranks.together(alone)
-        use = functools.partial(survive, Fetcher(progress, ranks))
-        return read_archive_shared(uri, transport, progress, ranks, use)
-
-
-def _applied(place: URI, strategies: Sequence[Strategy], checkpoint: Any) -> Any:
-    """Put a checkpoint through the strategies; an error of theirs says what was being loaded."""
-    try:
-        for strategy in strategies:
-            checkpoint = strategy(checkpoint)
-    except Exception as err:
-        err.add_note(f"while loading {redact(str(place))}")
-        raise
-    return checkpoint
-
-
-def _survivors(
-    source: Source,
-    archive: Archive,
-    strategies: Sequence[Strategy],
-    trust: Trust,
-    fetcher: Fetcher,
-) -> Any:
-    """Run the strategies, fetch what their result still needs, and again until it needs nothing.
-
-    On the first round nothing is there and the checkpoint is hollow; on the second, as a rule
-    the last, all that the result needs is.
-    """
-    storages: dict[str, torch.UntypedStorage] = {}
-    fresh: dict[str, torch.UntypedStorage] = {}
-    while True:
-        absent = archive.records.keys() - storages.keys()
-        ledger = Ledger()
-        problem = None
-        try:
-            result = build(archive, storages, fresh, ledger, trust)
-            with ledger if absent else nullcontext():
-                result = _applied(source.uri, strategies, result)
-            gc.collect(1)  # what was dropped may hang in a cycle
-            needed = ledger.origins() & absent
-            # asked for values, and a strategy went on without; or made like a hollow one
-            if absent and (ledger.asked or (not needed and _has_hollow(result))):
-                needed = absent
-        except Exception as err:  # noqa: BLE001 - raised below, on all ranks
-            needed = absent
-            if not (absent and (ledger.asked or ledger.awaited or asks_for_values(err))):
-                problem = err
-        needed = fetcher.agree(needed, problem)
-        if not needed:
-            return result
-        result = None  # some of its tensors are hollow
-        wanted = {key: record for key, record in archive.records.items() if key in needed}
-        fresh = fetcher.fetch(source, wanted)
-        storages |= fresh
-
-
-def _has_hollow(result: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for _, leaf in walk(result))
+    check = functools.partial(checked, "load", strategies, trust)
+    return loaded(uri, strategies, check, transport, progress).result
 
 
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@public
 def peek(
     uri: str | os.PathLike[str] | URI,
     *,
@@ -340,15 +244,11 @@ def peek(
     >>> contents.tensors[0].name, contents.tensors[0].shape, contents.tensors[0].dtype
     ('w', (250,), torch.float32)
     """
-
-    def look_in(origin: Source, _source: Source, archive: Archive) -> Contents:
-        contents = look_into(archive, origin.size)
-        return evolve(contents, bytes_moved=sum(origin.moved))
-
     transport = Transport(transport_params, retries, timeout)
-    return read_archive(locate(uri, transport), transport, None, look_in)
+    return look_into(opened(locate(uri, transport), transport))
 
 
+@public
 def metadata(
     uri: str | os.PathLike[str] | URI,
     *,
@@ -374,41 +274,15 @@ def metadata(
         CheckpointError: as `load`.
     """
     transport = Transport(transport_params, retries, timeout)
-    found, data = _embedded(locate(uri, transport), transport, arrays=arrays)
-    if found is None:
-        raise CheckpointNotFoundError(
-            uri,
-            "there is no anemoi.json in it",
-            "anemoi.utils.checkpoints.save_metadata writes one",
-        )
-    if not arrays:
-        return found
-    with unreadable(uri, "its supporting_arrays_paths"):
-        return found, arrays_of(found.get("supporting_arrays_paths", {}), data)
-
-
-def _embedded(
-    place: URI, transport: Transport, *, arrays: bool
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Read Anemoi's metadata, if there is any, and the bytes of its arrays, by their paths."""
-
-    def read(
-        _origin: Source, source: Source, archive: Archive
-    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        found = find_metadata(archive)
-        if found is None or not arrays:
-            return found, {}
-        with unreadable(place, "its supporting_arrays_paths"):
-            records = array_records(archive, found.get("supporting_arrays_paths", {}))
-        storages = Fetcher(progress=False).fetch(source, records)
-        return found, {n: memory(each) if each.nbytes() else b"" for n, each in storages.items()}
-
-    return read_archive(place, transport, None, read)
+    checkpoint = opened(locate(uri, transport), transport)
+    found = _metadata.read_metadata(checkpoint)
+    return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@public
 def download(  # noqa: PLR0913 - by keyword
     uri: str | os.PathLike[str] | URI,
     to: str | os.PathLike[str] | None = None,
@@ -468,22 +342,29 @@ def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
         return target / name if target.is_dir() or os.fspath(to).endswith(os.sep) else target
 
     def bring() -> tuple[Path, URI]:
-        found = evolve(transfer, place=locate(transfer.place, transfer.transport))
+        located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
-            return download_to_cache(found), found.place
-        target = own(to, found.place.filename)
-        download_to(target, found)
-        return target, found.place
+            return download_to_cache(located), located.place
+        target = own(to, located.place.filename)
+        download_to(target, located)
+        return target, located.place
 
     def others(first: Path) -> Path:
         return cache_folder().joinpath(*first.parts[-2:]) if to is None else own(to, first.name)
 
     if transfer.transport.group is None:
         return bring()[0]
-    with joined(transfer.transport, transfer.place) as ranks:
-        return download_shared(bring, others, ranks, note=to is None)
+    with joined(
+        transfer.transport, transfer.place, f"to={'a file' if to else 'the cache'}"
+    ) as ranks:
+        return download_shared(bring, others, ranks, note if to is None else _prepare_nothing)
 
 
+def _prepare_nothing(_target: Path, _place: str) -> None:
+    """Write a file of the user's own: nothing is noted beside it."""
+
+
+@public
 def save(
     checkpoint: Any,
     uri: str | os.PathLike[str] | URI,
@@ -494,8 +375,9 @@ def save(
     """Write a checkpoint to any place, all or nothing, and give the place.
 
     It is streamed, in the format of `torch.save`; in safetensors' where the name ends with
-    ``.safetensors``; compressed where it ends with ``.gz`` or the like. Inert objects are written
-    as what they were read from: where their classes are installed,
+    ``.safetensors``; compressed where it ends with ``.gz`` or the like. A view is written without
+    the rest of its storage, if nothing else in the checkpoint shares that. Inert objects are
+    written as what they were read from: where their classes are installed,
     ``torch.load(weights_only=False)`` gives the real ones.
 
     Args:
@@ -515,40 +397,21 @@ def save(
     {'w': tensor([1., 1.])}
     """
     place = parse_uri(uri)
-    extra = {}
-    if metadata is not None:
-        transport = Transport(transport_params)
-        found, data = _embedded(locate(metadata, transport), transport, arrays=True)
-        extra = embedded(found, data) if found is not None else {}
-    suffix = compression(place)
-    safetensors = _is_safetensors(place)
-    write = write_safetensors if safetensors else functools.partial(write_zip, members=extra)
-    with open_writer(place, transport_params) as stream, _unsaved(place):
-        if suffix:
-            wrapper = imported("smart_open.compression", place).compression_wrapper
-            with wrapper(stream, "wb", compression=suffix) as packed:
-                write(checkpoint, packed)
-        else:
-            write(checkpoint, stream)
+    check_params(place, transport_params, writing=True)
+    members = {} if metadata is None else _members(parse_uri(metadata), transport_params)
+    write_checkpoint(checkpoint, place, members, transport_params)
     return place
 
 
-def _is_safetensors(place: URI) -> bool:
-    return place.filename.removesuffix(compression(place)).endswith(".safetensors")
-
-
-@contextmanager
-def _unsaved(place: URI) -> Iterator[None]:
-    """Say why a checkpoint could not be written."""
-    try:
-        yield
-    except Exception as err:
-        for link in links(err):  # torch's writer hides what its stream raised
-            if isinstance(link, CheckpointError | OSError):
-                raise link from link.__cause__
-        raise CheckpointError(
-            place, f"the checkpoint cannot be written ({err!r})", "leave out what cannot"
-        ) from err
+def _members(uri: URI, params: Params) -> dict[str, Any]:
+    """Read the records of Anemoi's metadata from a checkpoint; none where it has none."""
+    read = {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
+    transport = Transport(read)
+    checkpoint = opened(locate(uri, transport), transport)
+    found = _metadata.find_metadata(checkpoint.archive)
+    if found is None:
+        return {}
+    return _metadata.embedded(found, _metadata.read_array_bytes(checkpoint, found))
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────
@@ -557,9 +420,11 @@ def _unsaved(place: URI) -> Iterator[None]:
 _IN_MEMORY = "a checkpoint in memory"
 
 
+@takes_strategies
+@public
 def load_into(  # noqa: PLR0913 - by keyword
     model: torch.nn.Module,
-    checkpoint: str | os.PathLike[str] | URI | Mapping[str, Any],
+    checkpoint: str | os.PathLike[str] | URI | Mapping[str, Any] | Inert | torch.nn.Module,
     *strategies: Strategy,
     strict: bool = False,
     require: float = 0.0,
@@ -575,12 +440,14 @@ def load_into(  # noqa: PLR0913 - by keyword
 ) -> Report:
     """Load a checkpoint's weights into a model, all or nothing, and report what was loaded.
 
-    Only what fits is moved. Tensors of the model keep their dtype and device, tied ones stay
-    tied; a model on the meta device gets its tensors on the CPU.
+    The model is filled as its own `load_state_dict` would: hooks and modules that rename or resize
+    do so. Only what fits is moved (below a module with hooks, or with a way of loading of its own,
+    all that the checkpoint has there). Tensors of the model keep their dtype and device, tied ones
+    stay tied; a model on the meta device gets its tensors on the CPU.
 
     Args:
         model: what to load into.
-        checkpoint: where it is, or a checkpoint (or state dict) that was loaded before.
+        checkpoint: where it is, or a checkpoint, state dict or module that was loaded before.
         strategies: as for `load`.
         strict: nothing may be missing, unexpected or of another shape.
         require: least share of the model's values that must be loaded, from 0 to 1.
@@ -597,8 +464,10 @@ def load_into(  # noqa: PLR0913 - by keyword
 
     Raises:
         MismatchError: shapes differ (that no strategy left out), variables stand elsewhere (and no
-            strategy aligned them), nothing fits, less than was required, or an optimizer of
-            parameters on the meta device. The model is as it was.
+            strategy aligned them), nothing fits, less than was required, the model or an
+            optimizer refuses, or an optimizer has parameters on the meta device. The model is as
+            it was, and so are those of the other ranks.
+        TypeError: `model` is not a module; or as `load`.
         CheckpointError: as `load`.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -609,63 +478,42 @@ def load_into(  # noqa: PLR0913 - by keyword
     begun = time.perf_counter()
     if not 0 <= require <= 1:
         raise ValueError(f"require is a share from 0 to 1, not {require!r}")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            "load_into takes the model first, then the checkpoint:"
+            f" {type(model).__name__} is not a model"
+        )
+    check = functools.partial(checked, "load_into", strategies, trust)
     receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
-    held = checkpoint if isinstance(checkpoint, Mapping) else None
-    place = LocalURI(_IN_MEMORY, "") if isinstance(checkpoint, Mapping) else parse_uri(checkpoint)
-    before: list[Before] = []
-
-    def begin(given: Any) -> Any:
-        before[:] = [look(given)]
-        return given
-
-    def noted(strategy: Strategy) -> Strategy:
-        if not hasattr(strategy, "variable_alignment"):  # strategies.align_variables tells it
-            return strategy
-
-        def note(given: Any) -> Any:
-            before[:] = [realign(before[0], strategy.variable_alignment(given))]
-            return strategy(given)
-
-        return note
-
-    def end(given: Any) -> Any:
-        found = match(place.text, model, given, before[0], receivers)
-        check_enough(place.text, model, found, require, strict=strict)
-        return found
-
-    # what strategies.compose has put together, one by one
-    parts = [p for each in strategies for p in reversed(getattr(each, "composed", (each,)))]
-    every = (begin, *map(noted, parts), end)
+    held, place = _held_or_placed(checkpoint)
+    terms = Terms(place.text, strict, require, owned=held is None)
+    match_model = functools.partial(matched, terms, model, receivers)
+    steps: list[Strategy] = [*tracked(strategies), match_model]
+    transport = Transport(transport_params, retries, timeout, cached, group)
     if held is None:
-        transport = Transport(transport_params, retries, timeout, cached, group)
-        loaded = _load(place, every, trusted(trust), transport, progress)
+        found = loaded(place, steps, check, transport, progress)
     else:
-        loaded = _Loaded(_applied(place, every, held), 0, 0)
-    found: Match = loaded.checkpoint
-    restored = install(model, found, receivers)
-    absent = {*found.missing, *found.mismatched}
-    return Report(
-        place=redact(place.text),
-        loaded=tuple(name for name in model.state_dict() if name not in absent),
-        missing=found.missing,
-        unexpected=found.unexpected,
-        mismatched=found.mismatched,
-        renamed=found.renamed,
-        restored=restored,
-        bytes_moved=loaded.moved,
-        bytes_stored=loaded.stored,
-        seconds=time.perf_counter() - begun,
-        rest=found.rest,
-        variables=variables_told(model, before[0]),
-        aligned=tuple(before[0].alignment.tensors),
-    )
+        check()
+        found = Loaded(applied(steps, held, place), 0, 0)
+    put = functools.partial(install, model, found.result, receivers, terms)
+    if group is None:
+        match = put()
+    else:
+        with joined(transport, place, "into a model") as ranks:
+            match = put(ranks)
+    found = evolve(found, result=match)
+    return reported(place.text, model, found, time.perf_counter() - begun)
 
 
-load_into.takes_strategies = True  # type: ignore[attr-defined] # compose(f, partial(load_into, model))
+def _held_or_placed(checkpoint: Any) -> tuple[Any, URI]:
+    """Give a checkpoint in memory (None for one elsewhere), and its place."""
+    if isinstance(checkpoint, Mapping | Inert | torch.nn.Module):
+        return checkpoint, LocalURI(_IN_MEMORY, "")
+    return None, parse_uri(checkpoint)
 
 
-def _several(given: Any) -> Sequence[Any]:
-    return given if isinstance(given, list | tuple) else [] if given is None else [given]
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────
@@ -673,97 +521,14 @@ def _several(given: Any) -> Sequence[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit code: 0, 1 with one line of error, or 2 for bad usage."""
-    parser = argparse.ArgumentParser("anemoi-ckpt", description="Look into checkpoints, and copy.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    from _anemoi_ckpt import cli  # noqa: PLC0415 - it imports this module
 
-    command = commands.add_parser("peek", help="tell what is in a checkpoint")
-    command.add_argument("uri", metavar="URI")
-    command.set_defaults(run=_run_peek)
-
-    command = commands.add_parser("metadata", help="print the metadata that Anemoi embeds, as JSON")
-    command.add_argument("uri", metavar="URI")
-    command.set_defaults(run=_run_metadata)
-
-    command = commands.add_parser("copy", help="copy a checkpoint, or what is wanted of it")
-    command.add_argument("uri", metavar="URI")
-    command.add_argument("to", metavar="DEST", help="a file or object; .safetensors: weights")
-    command.add_argument("--weights", action="store_true", help="the state dict alone")
-    command.add_argument("--include", metavar="GLOB", action="append", help="these weights alone")
-    command.add_argument("--exclude", metavar="GLOB", action="append", help="not these weights")
-    command.add_argument("--cast", metavar="DTYPE", help="floating-point weights to bfloat16, say")
-    command.set_defaults(run=_run_copy)
-
-    command = commands.add_parser("cache", help="list what download keeps for later, or clear it")
-    command.add_argument("glob", metavar="GLOB", nargs="?", default="*", help="of these places")
-    command.add_argument("--clear", action="store_true", help="remove them")
-    command.set_defaults(run=_run_cache)
-
-    given = parser.parse_args(arguments)
-    try:
-        sys.stdout.write(given.run(given))
-    except (CheckpointError, OSError, ValueError) as err:
-        sys.stderr.write(f"anemoi-ckpt: {redact(str(err))}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130  # as shells have it for SIGINT
-    return 0
+    return cli.main(arguments)
 
 
-def _run_peek(given: argparse.Namespace) -> str:
-    return f"{peek(given.uri)}\n"
-
-
-def _run_metadata(given: argparse.Namespace) -> str:
-    return json.dumps(metadata(given.uri), indent=2) + "\n"
-
-
-def _run_copy(given: argparse.Namespace) -> str:
-    place, to = locate(given.uri, Transport()), parse_uri(given.to)
-    if isinstance(to, LocalURI) and Path(to.path).is_dir():
-        to = parse_uri(Path(to.path) / place.filename)
-    converted = _is_safetensors(to) and not _is_safetensors(place)
-    strategies = _chosen_strategies(given, weights=given.weights or converted)
-    if strategies:
-        save(load(place, *strategies), to, metadata=place)
-    elif isinstance(to, LocalURI):
-        download(place, to.path)
-    else:
-        with open_writer(to) as stream:
-            stream_pinned(place, stream, Transport())
-    return f"{redact(str(to))}\n"
-
-
-def _run_cache(given: argparse.Namespace) -> str:
-    entries = cache_entries(given.glob)
-    if given.clear:
-        entries = clear_cache(entries)
-    lines = [
-        f"{sized(entry.size):>8}  {entry.place}{'' if entry.file else '  (not whole)'}"
-        + ("" if given.clear else f"\n{'':>8}  {entry.file or entry.folder}")
-        for entry in entries
-    ]
-    total = sized(sum(entry.size for entry in entries))
-    what = "removed" if given.clear else f"in {cache_folder()}"
-    return "".join(f"{line}\n" for line in (*lines, f"{total:>8}  {what}"))
-
-
-def _chosen_strategies(given: argparse.Namespace, *, weights: bool) -> list[Strategy]:
-    # by its path: a user's own strategies.py in the working folder is another
-    path = Path(__file__).with_name("strategies.py")
-    spec: Any = importlib.util.spec_from_file_location("anemoi_ckpt_strategies", path)
-    ours = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ours)
-    chosen = [ours.weights] if weights else []
-    if given.include:
-        chosen.append(ours.include(*given.include))
-    if given.exclude:
-        chosen.append(ours.exclude(*given.exclude))
-    if given.cast:
-        dtype = getattr(torch, given.cast, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"--cast takes a dtype of torch, such as bfloat16, not {given.cast!r}")
-        chosen.append(ours.cast(dtype))
-    return chosen
+# Users import all that is public from here: errors, pickles and `repr` say so.
+for _name in __all__:
+    globals()[_name].__module__ = "anemoi_ckpt"
 
 
 if __name__ == "__main__":

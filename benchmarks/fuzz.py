@@ -38,7 +38,8 @@ def main() -> None:
     except ImportError:
         raise SystemExit("fuzzing needs atheris: pip install atheris") from None
     sys.path.insert(0, str(HOME))
-    with atheris.instrument_imports(include=["_ckpt_archive", "_ckpt_hollow", "_ckpt_inert"]):
+    rooms = ("formats", "hollow", "opening", "pickles", "planning")
+    with atheris.instrument_imports(include=[f"_anemoi_ckpt.{room}" for room in rooms]):
         from anemoi_ckpt import CheckpointError, load
 
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 600

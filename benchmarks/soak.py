@@ -30,13 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - after sys.path
 
-import servers  # noqa: E402
-from anemoi_ckpt import CheckpointError, download, load, load_into  # noqa: E402
-from checkpoints import as_bytes  # noqa: E402
-from servers import Fault  # noqa: E402
-from strategies import weights  # noqa: E402
+import servers  # noqa: E402 - after sys.path
+from anemoi_ckpt import CheckpointError, download, load, load_into  # noqa: E402 - after sys.path
+from checkpoints import as_bytes  # noqa: E402 - after sys.path
+from servers import Fault  # noqa: E402 - after sys.path
+from strategies import weights  # noqa: E402 - after sys.path
 
 FAULTY = 1 / 3  # of all requests
 HANG_SECONDS = 60

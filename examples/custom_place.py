@@ -52,7 +52,7 @@ def find(uri: TarURI) -> tuple[int, int]:
 
 
 @open_stream.register
-def _(uri: TarURI, transport_params: Any = None) -> BinaryIO:
+def open_tar(uri: TarURI, transport_params: Any = None) -> BinaryIO:
     """Open it from its first byte on: the one handler that a new place must have."""
     file = tarfile.open(uri.archive, "r:").extractfile(uri.name)
     assert file is not None
@@ -60,7 +60,7 @@ def _(uri: TarURI, transport_params: Any = None) -> BinaryIO:
 
 
 @read_range.register
-def _(
+def read_tar_range(
     uri: TarURI,
     offset: int,
     buffers: Buffers,

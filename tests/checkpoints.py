@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# The version that the layout tells, of what the running torch writes.
+WRITER = "2.7 or later" if torch.__version__ >= (2, 7) else "2.1 or later"
+
 _ALIGNMENT_BYTES = 64  # torch's own: storages start at multiples of it
 
 
@@ -116,7 +119,7 @@ def odd_checkpoint() -> dict[str, Any]:
             "decoder.weight": tied,  # before encoder.weight: insertion order is no sorted order
             "encoder.weight": tied,
             "frozen": nn.Parameter(normal(4), requires_grad=False),
-            "buffer": nn.Buffer(normal(3)),
+            "buffer": getattr(nn, "Buffer", nn.Parameter)(normal(3)),  # since torch 2.5
             "requires_grad": normal(2, 2).requires_grad_(),
             "base": base,
             "row": base[2],
@@ -149,7 +152,7 @@ def odd_checkpoint() -> dict[str, Any]:
             "bool": normal(11) > 0,
             "uint8": torch.arange(5, dtype=torch.uint8),
             "int64": torch.arange(5) - 2,
-            "uint16": torch.arange(5).to(torch.uint16),
+            "uint16": torch.arange(5).to(getattr(torch, "uint16", torch.uint8)),  # since torch 2.3
             "sparse_coo": _sparse_coo(normal(4)),
             "sparse_coalesced": _sparse_coo(normal(4), is_coalesced=True),
             "sparse_csr": _sparse_csr(normal(4)),
@@ -227,7 +230,7 @@ def lexicographic(data: bytes) -> bytes:
     dropped = (".format_version", ".storage_alignment")
     others = [name for name in records if name not in storages and not name.endswith(dropped)]
     buffer = io.BytesIO()
-    with zipfile.ZipFile(_WriteOnly(buffer), "w") as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(_WriteOnly(buffer), "w") as archive:  # type: ignore[call-overload] # ZipFile needs no more than write and flush
         # torch's order: the pickle, the byte order, the storages, the version and the id.
         for name in [*others[:2], *storages, *others[2:]]:
             info = zipfile.ZipInfo(name)

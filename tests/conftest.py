@@ -15,11 +15,25 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import attrs
+import hypothesis
 import pytest
 
+import needs
 import servers
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported, as tests are collected
+
+# No deadline for an example, nor for drawing it: a busy machine takes as long as it takes.
+# Fixtures of a function are fine where each example writes its file over the last one's.
+hypothesis.settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("patient")
 
 KINDS = ("local", "http", "s3", "gcs", "azure")
 
@@ -61,6 +75,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses `--cloud-tests` without a cloud: nothing would be tested, silently."""
+    # What torch 2.14 says where a test compares with its own `torch.load`.
+    config.addinivalue_line("filterwarnings", "ignore:Validating sparse tensor:UserWarning")
     if config.getoption("--cloud-tests") and not servers.cloud_stores():
         raise pytest.UsageError(
             "--cloud-tests needs at least one of ANEMOI_CKPT_TEST_S3, ANEMOI_CKPT_TEST_GCS, "
@@ -116,45 +132,39 @@ def _testers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _running(
-    start: Callable[[], AbstractContextManager[servers.Store]],
+    kind: str, start: Callable[[], AbstractContextManager[servers.Store]]
 ) -> Iterator[servers.Store]:
     """Starts a server for the session.  Where it cannot: a failure in CI, else a skip."""
     with contextlib.ExitStack() as stack:
         try:
             store = stack.enter_context(start())
         except servers.UnavailableError as err:
-            _give_up(err)
+            needs.give_up(kind, err, str(err))
         yield store
-
-
-def _give_up(err: servers.UnavailableError) -> None:
-    if os.environ.get("CI") == "true":
-        raise err
-    pytest.skip(str(err))
 
 
 @pytest.fixture(scope="session")
 def http_store() -> Iterator[servers.Store]:
     """Our own HTTP server."""
-    yield from _running(servers.http_store)
+    yield from _running("http", servers.http_store)
 
 
 @pytest.fixture(scope="session")
 def s3_store() -> Iterator[servers.Store]:
     """S3, by moto."""
-    yield from _running(servers.s3_store)
+    yield from _running("s3", servers.s3_store)
 
 
 @pytest.fixture(scope="session")
 def gcs_store() -> Iterator[servers.Store]:
     """Google Cloud Storage, by gcp-storage-emulator."""
-    yield from _running(servers.gcs_store)
+    yield from _running("gcs", servers.gcs_store)
 
 
 @pytest.fixture(scope="session")
 def azure_store() -> Iterator[servers.Store]:
     """Azure Blob Storage, by Azurite."""
-    yield from _running(servers.azure_store)
+    yield from _running("azure", servers.azure_store)
 
 
 @pytest.fixture

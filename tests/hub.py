@@ -40,6 +40,10 @@ class Hub(servers.Server):
         super().stop()
         self.cdn.stop()
 
+    def close(self) -> None:
+        super().close()
+        self.cdn.close()
+
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Puts files, and only these, on a branch; gives the commit."""
         commit = hashlib.sha1(repr(sorted(files.items())).encode() + os.urandom(8)).hexdigest()
@@ -81,7 +85,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
-        hub.stop()
+        hub.close()
 
 
 @contextlib.contextmanager
@@ -101,14 +105,16 @@ def running_mlflow(folder: Path, *options: str, **environment: str) -> Iterator[
             start_new_session=True,
         )
     try:
-        for _ in range(600):
+        for _ in range(2400):  # its imports alone take ten seconds, and more on a busy machine
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
                 break
             if process.poll() is not None:
                 raise servers.UnavailableError((folder / "log").read_text())
             time.sleep(0.1)
+        else:
+            raise servers.UnavailableError((folder / "log").read_text())
         yield url
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 15)
-        process.wait(30)
+        process.wait()

@@ -55,8 +55,8 @@ BUCKET = "checkpoints"
 """The bucket or container that every emulator starts with."""
 
 _CHUNK_BYTES = 64 * 1024
-_START_SECONDS = 60  # Node takes about two seconds to start Azurite; a busy CI runner ten
-_NPM_SECONDS = 300  # 190 MB of node_modules, once a checkout
+_START_SECONDS = 240  # Node takes two seconds to start Azurite, a busy machine many times that
+_NPM_SECONDS = 280  # 190 MB of node_modules, once a checkout; below the limit of a test
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"}
 _HTML_PAGE = b"<!doctype html><html><head><title>Sign in</title></head><body>Sign in</body></html>"
 
@@ -284,7 +284,6 @@ class _Listener(http.server.ThreadingHTTPServer):
 
     def __init__(self, owner: "Server", port: int) -> None:
         self.owner = owner
-        self.closing = threading.Event()
         self.open_connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -309,7 +308,6 @@ class _Listener(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def close(self) -> None:
-        self.closing.set()
         self.shutdown()
         self.server_close()
         for connection in list(self.open_connections):
@@ -326,11 +324,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         owner = self.server.owner
+        self._reset_by_test = owner.reset_by_test
         path, _, query = self.path.partition("?")
         headers = _without(self.headers)
         request = Request(self.command, path, query, headers, self._read_body())
         fault = owner.admit(request)
-        self.server.closing.wait(fault.delay)
+        if self._reset_by_test.wait(fault.delay):
+            self.close_connection = True
+            return
         if fault.before is not None:
             fault.before()
         if fault.reset and fault.cut is None:
@@ -375,19 +376,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         offset = 0
         while True:
             if fault.stall and offset == stall_after:
-                self.server.closing.wait(fault.stall)
+                self._pause(fault.stall)
                 stall_after = stop + 1
             if offset == stop:
                 break
             end = min(offset + chunk, stop, stall_after if stall_after > offset else stop)
             if fault.rate is not None:
-                self.server.closing.wait(max(0, started + end / fault.rate - time.monotonic()))
+                self._pause(max(0, started + end / fault.rate - time.monotonic()))
             self.server.owner.send(request, self.connection, body[offset:end])
             offset = end
         if stop < len(body):
             self.close_connection = True
             if fault.reset:
                 self._reset()
+
+    def _pause(self, seconds: float) -> None:
+        if self._reset_by_test.wait(seconds):
+            raise ConnectionAbortedError
 
     def _reset(self) -> None:
         # A zero linger time makes close() send RST, once nothing else holds the socket open.
@@ -414,9 +419,15 @@ class Server:
         """One a request, in turn; None is a request that goes well."""
         self.fault: Callable[[Request], Fault | None] | None = None
         """Asked before `faults`, which is used where this gives None."""
+        self.reset_by_test = threading.Event()
+        """Set by the next `reset` or `stop`: no delay and no stall outlives the test that wanted
+        it."""
         self._denied: set[str] = set()
         self._lock = threading.Lock()
         self._listener: _Listener | None = None
+        self._switching = threading.Lock()  # a timer may start it while a test resets it
+        self._reserved: int | None = None
+        """Keeps the port from others while nothing listens there."""
 
     def answer(self, request: Request, fault: Fault) -> Reply:
         """The answer of a server that works."""
@@ -435,7 +446,10 @@ class Server:
 
     def start(self) -> None:
         """Listens, on the same port as the last time; does nothing where it listens already."""
-        if self._listener is None:
+        with self._switching:
+            if self._listener is not None:
+                return
+            self._release_port()
             self._listener = _Listener(self, self.port)
             self.port = self._listener.server_port
             # The poll interval is how long stop() takes.
@@ -447,12 +461,34 @@ class Server:
 
     def stop(self) -> None:
         """Closes the port and every connection: from here on connections are refused."""
-        if self._listener is not None:
+        self._end_pauses()
+        with self._switching:
+            if self._listener is None:
+                return
             self._listener.close()
             self._listener = None
+            with socket.socket() as reserving:
+                reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                reserving.bind(("127.0.0.1", self.port))
+                self._reserved = reserving.detach()
+
+    def close(self) -> None:
+        """Stops for good."""
+        self.stop()
+        self._release_port()
+
+    def _release_port(self) -> None:
+        if self._reserved is not None:
+            os.close(self._reserved)
+            self._reserved = None
+
+    def _end_pauses(self) -> None:
+        ended, self.reset_by_test = self.reset_by_test, threading.Event()
+        ended.set()
 
     def reset(self) -> None:
-        """Forgets log, faults and denials, and listens again."""
+        """Forgets log, faults and denials, ends what they keep waiting, and listens again."""
+        self._end_pauses()
         with self._lock:
             self.connections = 0
             self.log.clear()
@@ -731,7 +767,7 @@ def http_store() -> Iterator[Store]:
             server=server,
         )
     finally:
-        server.stop()
+        server.close()
 
 
 @contextlib.contextmanager
@@ -769,7 +805,7 @@ def s3_store() -> Iterator[Store]:
             sdk=sdk,
         )
     finally:
-        proxy.stop()
+        proxy.close()
         emulator.stop()
 
 
@@ -818,7 +854,7 @@ def gcs_store() -> Iterator[Store]:
             sdk=sdk,
         )
     finally:
-        proxy.stop()
+        proxy.close()
         emulator.stop()
 
 
@@ -895,8 +931,9 @@ def _azurite() -> Path:
         raise UnavailableError(
             "Azurite needs npm: install it, or run `npm ci --prefix tests` elsewhere"
         )
-    # Under pytest-xdist one installs; the others wait, then find it.
-    with filelock.FileLock(Path(tempfile.gettempdir()) / "anemoi-ckpt-azurite.lock"):
+    # Under pytest-xdist one installs; the others wait, then find it.  The lock lies in the
+    # checkout: one in the shared temporary folder would belong to the machine's first user.
+    with filelock.FileLock(folder / "node_modules.lock"):
         if not script.exists():
             install = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
             _run_npm(install, folder)

@@ -38,7 +38,7 @@ class _Files(paramiko.SFTPServerInterface):
             return paramiko.SFTPServer.convert_errno(err.errno or 0)
         handle = paramiko.SFTPHandle(flags)
         handle.readfile = file  # type: ignore[attr-defined] # what paramiko looks for
-        handle.stat = lambda: paramiko.SFTPAttributes.from_stat(os.fstat(file.fileno()))  # type: ignore[method-assign]
+        handle.stat = lambda: paramiko.SFTPAttributes.from_stat(os.fstat(file.fileno()))  # type: ignore[method-assign] # paramiko's handle asks for it by this name
         return handle
 
 

@@ -4,12 +4,12 @@ import base64
 import errno
 import hashlib
 import io
+import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +20,10 @@ import pytest
 import torch
 from torch import nn
 
-import _ckpt_download
-import _ckpt_sources
+import _anemoi_ckpt.cache
+import _anemoi_ckpt.downloading
+import _anemoi_ckpt.progress
+import _anemoi_ckpt.transport
 import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
@@ -49,7 +51,7 @@ TEXT = bytes(range(256)) * 9000  # no archive: only the place's own digest can t
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
     monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(tmp_path / "cache"))
 
 
@@ -154,7 +156,7 @@ def test_a_folder_that_is_not_there(http_server, tmp_path: Path) -> None:
 def test_a_disk_without_room(http_server, tmp_path: Path, monkeypatch) -> None:
     uri = http_server.put("a.ckpt", DATA)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(_ckpt_download.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(_anemoi_ckpt.downloading.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=f"takes {len(DATA)} more .* room for 1000; make"):
         download(uri, tmp_path)
     assert names(tmp_path) == []
@@ -202,14 +204,18 @@ def test_a_folder_that_vanishes(http_server, tmp_path: Path) -> None:
     folder = tmp_path / "to"
     folder.mkdir()
 
+    vanished = threading.Event()
+
     def vanish() -> None:  # at once: a file may be made while others are removed
         shutil.rmtree(folder.rename(tmp_path / "gone"))
+        vanished.set()
 
     http_server.fault = lambda request: (
         servers.Fault(before=vanish) if len(http_server.log) == 2 else None
     )
     with pytest.raises(CheckpointNotFoundError, match="cannot be written"):
         download(uri, folder)
+    assert vanished.wait(60)  # the download may end while the files are still being removed
     assert names(tmp_path) == []
 
 
@@ -217,7 +223,7 @@ def test_a_folder_that_is_read_only(http_server, tmp_path: Path, monkeypatch) ->
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")  # root may write everywhere
 
-    monkeypatch.setattr(_ckpt_download.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(_anemoi_ckpt.downloading.filelock.FileLock, "acquire", refuse)
     with pytest.raises(AccessDeniedError, match=r"cannot be written \(Permission denied\)"):
         download(http_server.put("a.ckpt", DATA), tmp_path)
     assert http_server.log == []
@@ -327,27 +333,53 @@ def test_an_object_without_a_tag_is_begun_anew(http_server, tmp_path: Path) -> N
 
 def test_nothing_is_kept_of_what_shall_not_be_resumed(http_server, tmp_path: Path) -> None:
     uri = broken_off(http_server, tmp_path)
+    answered = itertools.count()
     http_server.fault = lambda request: (
-        servers.Fault(status=503) if len(http_server.log) > 3 else None
+        None
+        if request.range == "bytes=0-0" or next(answered) < 2  # the version, and two parts
+        else servers.Fault(status=503)
     )
     with pytest.raises(UnreachableError):
         download(uri, tmp_path, resume=False)
     assert names(tmp_path) == []
 
 
-def test_a_killed_process_is_gone_on_with(http_server, tmp_path: Path) -> None:
+def test_a_thread_that_comes_late_leaves_no_journal(http_server, tmp_path: Path) -> None:
+    """On a busy machine one opened the journal after the failed download had removed it."""
+    uri = anemoi_ckpt.parse_uri(http_server.put("a.ckpt", DATA))
+    version = anemoi_ckpt.read_version(uri)
+    part = _anemoi_ckpt.downloading._Part(tmp_path / "a.ckpt", version)
+    source = _anemoi_ckpt.transport.Source(uri, version)
+    part.begin()
+    part.journal.unlink()
+    with pytest.raises(CheckpointNotFoundError, match="cannot be written"):
+        _anemoi_ckpt.downloading._fetch(source, part, range(100), lambda count: None)
+    assert names(tmp_path) == [".a.ckpt.part"]
+
+
+def test_a_killed_process_is_gone_on_with(http_server, tmp_path: Path, monkeypatch) -> None:
     uri = http_server.put("a.ckpt", DATA)
     http_server.fault = lambda request: servers.Fault(rate=20_000_000)
     command = [sys.executable, "-c", CALL, uri, str(tmp_path)]
-    kills = 0
-    for kill_after in (5_000_000, 20_000_000, 35_000_000, 10**9):
-        with subprocess.Popen(command) as process:
-            while process.poll() is None and http_server.bytes_sent < kill_after:
-                time.sleep(0.002)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-    assert kills == 3
+    for most in (5_000_000, 20_000_000, 35_000_000):
+        reached, killed = threading.Event(), threading.Event()
+
+        def send(
+            *chunk: Any, most: int = most, reached: Any = reached, killed: Any = killed
+        ) -> None:
+            if http_server.bytes_sent >= most:
+                reached.set()
+                killed.wait()
+            servers.HTTPServer.send(http_server, *chunk)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(http_server, "send", send)
+            with subprocess.Popen(command) as process:
+                reached.wait()
+                process.kill()
+        killed.set()
+        assert "a.ckpt" not in names(tmp_path)
+    subprocess.run(command, check=True)
     assert (tmp_path / "a.ckpt").read_bytes() == DATA
     # a chunk of each connection may have been on its way, and what was in the sockets' buffers
     assert http_server.bytes_sent < len(DATA) + 3 * 6 * 4 * 1024**2
@@ -447,12 +479,17 @@ def test_a_digest_that_is_none_tells_nothing(http_server, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("algorithm", ["SHA256", "CRC32", "CRC32C", "SHA1"])
 def test_checksums_of_s3(s3, tmp_path: Path, algorithm: str) -> None:
+    import botocore.exceptions
+
     uri = s3.uri("a.bin")
     bucket, key = anemoi_ckpt.parse_uri(uri).bucket, anemoi_ckpt.parse_uri(uri).key
     given = {"ChecksumAlgorithm": algorithm}
     if algorithm == "CRC32C":  # boto3 itself needs another package for it
         given["ChecksumCRC32C"] = base64.b64encode(google_crc32c.Checksum(TEXT).digest()).decode()
-    s3.sdk.put_object(Bucket=bucket, Key=key, Body=TEXT, **given)
+    try:
+        s3.sdk.put_object(Bucket=bucket, Key=key, Body=TEXT, **given)
+    except botocore.exceptions.MissingDependencyException as err:
+        pytest.skip(str(err))  # before 1.36 it sends no sum that it has not computed
     found = anemoi_ckpt.read_version(anemoi_ckpt.parse_uri(uri)).digests
     assert found["md5"] == hashlib.md5(TEXT).digest()
     assert algorithm.lower() in found
@@ -533,7 +570,7 @@ def test_a_url_that_is_signed_anew_names_the_same_object(http_server) -> None:
     ]
     assert len({download(each) for each in urls}) == 1
     assert download(f"{url}?se=1") != download(url)  # no signature: it may mean anything
-    cache = _ckpt_download.cache_folder()
+    cache = _anemoi_ckpt.cache.cache_folder()
     assert not any("hunter2" in path.read_text() for path in cache.rglob(".place"))
 
 
@@ -606,7 +643,7 @@ def test_the_cache_is_listed_and_cleared(http_server, capsys, tmp_path: Path) ->
         assert main(["cache", *arguments]) == 0
         return str(capsys.readouterr().out)
 
-    folder = _ckpt_download.cache_folder()
+    folder = _anemoi_ckpt.cache.cache_folder()
     assert shown() == f"     0 B  in {folder}\n"
     urls = [http_server.put("a.ckpt", DATA), http_server.put("b.ckpt", as_bytes({}))]
     paths = [download(f"{url}?sig=hunter2") for url in urls]
@@ -615,7 +652,7 @@ def test_the_cache_is_listed_and_cleared(http_server, capsys, tmp_path: Path) ->
     assert listed.splitlines()[0] == f"   48 MB  {urls[0]}?sig=***"
     assert listed.splitlines()[1].strip() == str(paths[0])
     assert listed.endswith(f"   48 MB  in {folder}\n")
-    with _ckpt_download._locked(paths[0]):
+    with _anemoi_ckpt.downloading.locked(paths[0]):
         assert "a.ckpt" not in shown("--clear")  # it is on its way
     assert "b.ckpt" not in shown()
     assert shown("--clear", "*nothing*").endswith("0 B  removed\n")
@@ -635,4 +672,4 @@ def test_what_broke_off_is_listed_as_not_whole(http_server, capsys) -> None:
     assert "a.ckpt  (not whole)" in capsys.readouterr().out
     main(["cache", "--clear"])
     assert "a.ckpt  (not whole)" in capsys.readouterr().out
-    assert list(_ckpt_download.cache_folder().iterdir()) == []
+    assert list(_anemoi_ckpt.cache.cache_folder().iterdir()) == []

@@ -25,8 +25,9 @@ import pytest
 import requests
 import torch
 
-import _ckpt_places
+import _anemoi_ckpt.places
 import anemoi_ckpt
+import needs
 import servers
 import strategies
 from anemoi_ckpt import CheckpointNotFoundError, load, main, metadata
@@ -39,7 +40,15 @@ BLOCKS = re.findall(r"(?:<!-- test: (\w+) -->\n)?```python\n(.*?)```", README, r
 
 
 @pytest.mark.parametrize(
-    "name", ["anemoi_ckpt", "strategies", *(path.stem for path in ROOT.glob("_ckpt_*.py"))]
+    "name",
+    [
+        *("anemoi_ckpt", "strategies"),
+        *(
+            ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for path in (ROOT / "_anemoi_ckpt").rglob("*.py")
+            if path.stem != "__init__" and ">>> " in path.read_text("utf-8")
+        ),
+    ],
 )
 def test_docstrings(name: str) -> None:
     module = importlib.import_module(name)
@@ -53,10 +62,13 @@ def test_every_public_function_has_a_docstring(name: str) -> None:
     assert [public for public in module.__all__ if not getattr(module, public).__doc__] == []
 
 
+BY_GETATTR: dict[str, list[str]] = {"anemoi_ckpt": ["__version__", "strategies"], "strategies": []}
+
+
 @pytest.mark.parametrize("name", ["anemoi_ckpt", "strategies"])
 def test_a_shell_completes_public_names_alone(name: str) -> None:
     module = importlib.import_module(name)
-    assert dir(module) == sorted(module.__all__)
+    assert dir(module) == sorted({*module.__all__, *BY_GETATTR[name]})
 
 
 class Indices:
@@ -189,7 +201,7 @@ def test_readme_place_of_ones_own(tmp_path: Path) -> None:
             with pytest.raises(CheckpointNotFoundError, match=r"me:\*\*\*@|\*\*\*@127"):
                 load(f"{place}/nothing.ckpt")
     finally:
-        _ckpt_places._PARSERS.pop("sftp", None)
+        _anemoi_ckpt.places._PARSERS.pop("sftp", None)
 
 
 def test_readme_names_what_there_is() -> None:
@@ -222,9 +234,10 @@ def test_quickstart() -> None:
         ("transfer_anemoi", r"(.*\n)*aligned \d+ .*\n(.*\n)*.* 1 new: q_700\n"),
     ],
 )
+@pytest.mark.timeout(1800)  # one of them trains
 def test_examples(name: str, said: str) -> None:
     if name == "transfer_anemoi":
-        pytest.importorskip("anemoi.models", reason="pip install -e '.[anemoi]'")
+        needs.anemoi()
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py"],
         cwd=ROOT,
@@ -242,13 +255,13 @@ def test_examples(name: str, said: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own
 def test_notebook() -> None:
-    """It runs, and shows what is kept in it, but for ports and times."""
+    """It runs, and shows what is kept in it, but for ports, times and the torch that wrote."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         kept = nbformat.read(ROOT / "examples/notebook.ipynb", 4)
         made = copy.deepcopy(kept)
         folder = {"metadata": {"path": str(ROOT / "examples")}}
-        nbclient.NotebookClient(made, timeout=120, resources=folder).execute()
+        nbclient.NotebookClient(made, timeout=None, resources=folder).execute()
     shown = [outputs_of(notebook) for notebook in (kept, made)]
     assert shown[0] == shown[1]
     assert sum("<table" in output for output in shown[0]) == 2
@@ -260,4 +273,5 @@ def outputs_of(notebook: Any) -> list[str]:
         for cell in notebook.cells
         for output in cell.get("outputs", [])
     ]
-    return [re.sub(r"127\.0\.0\.1:\d+|in \d+\.\d+ s", "", text) for text in texts]
+    changing = r"127\.0\.0\.1:\d+|in \d+\.\d+ s|torch 2\.\d or later"
+    return [re.sub(changing, "", text) for text in texts]

@@ -17,7 +17,8 @@ import attrs
 import pytest
 import torch
 
-import _ckpt_sources
+import _anemoi_ckpt.progress
+import _anemoi_ckpt.transport
 import servers
 from anemoi_ckpt import CheckpointError, download, load, peek
 from checkpoints import as_bytes, assert_same
@@ -31,7 +32,7 @@ CHECKPOINT = {
 }
 DATA = as_bytes(CHECKPOINT)  # 3 MB
 PICKLE = DATA.index(b"optimizer_states")
-TENSOR = DATA.index(CHECKPOINT["state_dict"]["w"].numpy().tobytes())  # type: ignore[index]
+TENSOR = DATA.index(CHECKPOINT["state_dict"]["w"].numpy().tobytes())  # type: ignore[index] # CHECKPOINT is a dict of objects to mypy
 PLACES = {"http": "HTTP", "s3": "S3", "gcs": "GCS", "azure": "Azure"}
 LARGE = 100_000  # bytes: more than a block
 OUTCOMES: dict[tuple[str, str, str], str] = {}
@@ -133,17 +134,21 @@ def refused(place: Any) -> None:
 
 
 def refused_for_a_moment(place: Any) -> None:
-    _ckpt_sources.BACKOFF_SECONDS = 0.2
+    _anemoi_ckpt.transport.BACKOFF_SECONDS = 0.5  # 8 s at least until all attempts are made
     place.server.stop()
     threading.Timer(0.1, place.server.start).start()
 
 
 def replaced(place: Any) -> None:
+    log = place.server.log
+
     def put() -> None:
+        while log[0].status is None:  # the first answer is of the first version
+            time.sleep(0.01)
         place.put("a.ckpt", as_bytes({**CHECKPOINT, "epoch": 4}))
 
-    second = Fault(delay=0.2, before=put)
-    place.server.fault = lambda request: second if len(place.server.log) == 2 else None
+    second = Fault(before=put)
+    place.server.fault = lambda request: second if len(log) > 1 and request is log[1] else None
 
 
 def stored(*flipped: int) -> Callable[[Any], None]:
@@ -164,6 +169,8 @@ def elsewhere(place: Any) -> None:
 
 
 MIDDLE = 8 * 400_000  # a bit of what is large
+SILENCE_SECONDS = 120
+SOON_SECONDS = SILENCE_SECONDS / 2  # some seconds, but on a busy machine
 QUICK = {"timeout": 0.6}
 ONCE = {"retries": 1}
 CASES: dict[str, Case] = {
@@ -179,16 +186,16 @@ CASES: dict[str, Case] = {
     "no body, each request once": Case(each_once(Fault(cut=0))),
     "no body, always": Case(always(Fault(cut=0)), "UnreachableError", patience=ONCE, tries=2),
     "silence before the answer, each request once": Case(
-        each_once(Fault(delay=20)), patience={"timeout": 1.5}
+        each_once(Fault(delay=SILENCE_SECONDS)), patience={"timeout": 1.5}
     ),
     "silence before the answer, always": Case(
-        always(Fault(delay=20)), "UnreachableError", patience=QUICK
+        always(Fault(delay=SILENCE_SECONDS)), "UnreachableError", patience=QUICK
     ),
     "silence in the body, each request once": Case(
-        each_once(Fault(stall=20, stall_after=100)), patience={"timeout": 1.5}
+        each_once(Fault(stall=SILENCE_SECONDS, stall_after=100)), patience={"timeout": 1.5}
     ),
     "silence in the body, always": Case(
-        always(Fault(stall=20)), "UnreachableError", patience=QUICK
+        always(Fault(stall=SILENCE_SECONDS)), "UnreachableError", patience=QUICK
     ),
     "10 MB/s": Case(always(Fault(rate=10_000_000))),
     **{
@@ -231,7 +238,6 @@ CELLS = [
 ]
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(("fault", "place", "way"), CELLS, indirect=["place"], ids=str)
 def test_a_fault(
     fault: str,
@@ -240,27 +246,36 @@ def test_a_fault(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
-    monkeypatch.setattr(_ckpt_sources, "PART_BYTES", 1024**2)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "PART_BYTES", 1024**2)
     case = CASES[fault]
-    uri = place.put("a.ckpt", DATA)
-    place.server.log.clear()
-    case.begin(place)
-    begun = time.monotonic()
-    try:
-        WAYS[way](uri, tmp_path, **case.patience)
-    except CheckpointError as err:
-        outcome = type(err).__name__
-        assert str(err).startswith(f"{uri}: ")  # noqa: PT017 - or none is raised
-        assert not (tmp_path / "a.ckpt").exists()
-    else:
-        outcome = "equal"
-    assert time.monotonic() - begun < 10
-    assert [t.name for t in threading.enumerate() if t.name.startswith("anemoi-ckpt")] == []
+    right = case.but.get(f"{place.kind} {way}", case.but.get(way, case.right))
+    outcome = outcome_of(case, place, tmp_path, way, case.patience)
+    if right == "equal" and outcome == "UnreachableError" and "timeout" in case.patience:
+        # A busy machine is as silent as that, too: more patience tells the one from the other.
+        outcome = outcome_of(case, place, tmp_path, way, {"timeout": 12})
     tries = Counter((r.method, r.path, r.query, r.range) for r in place.server.log)
     assert case.tries is None or max(tries.values()) <= case.tries
     OUTCOMES[fault, place.kind, way] = outcome
-    assert outcome == case.but.get(f"{place.kind} {way}", case.but.get(way, case.right))
+    assert outcome == right
+
+
+def outcome_of(case: Case, place: Any, folder: Path, way: str, patience: dict[str, Any]) -> str:
+    uri = place.put("a.ckpt", DATA)
+    place.server.reset()
+    case.begin(place)
+    begun = time.monotonic()
+    try:
+        WAYS[way](uri, folder, **patience)
+    except CheckpointError as err:
+        outcome = type(err).__name__
+        assert str(err).startswith(f"{uri}: ")  # noqa: PT017 - or none is raised
+        assert not (folder / "a.ckpt").exists()
+    else:
+        outcome = "equal"
+    assert time.monotonic() - begun < SOON_SECONDS
+    assert [t.name for t in threading.enumerate() if t.name.startswith("anemoi-ckpt")] == []
+    return outcome
 
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────

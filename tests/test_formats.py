@@ -1,7 +1,9 @@
 """Every format in which weights come: torch's of old, TorchScript, safetensors, a bare tensor."""
 
 import io
+import pickle
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import needs
 import servers
-from anemoi_ckpt import CorruptError, NotACheckpointError, load, load_into
+from anemoi_ckpt import (
+    CorruptError,
+    MissingPackageError,
+    NotACheckpointError,
+    download,
+    load,
+    load_into,
+    peek,
+    save,
+)
 from checkpoints import as_bytes, assert_same, odd_checkpoint
 from strategies import include, weights
 
@@ -25,10 +37,159 @@ def legacy(obj: object) -> bytes:
 
 
 def of_torch(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    return torch.load(io.BytesIO(data), weights_only=needs.SAFE)
+
+
+# ── torch's zip ───────────────────────────────────────────────────────────────────────────────
+
+
+def without_crc(data: bytes, record: str) -> bytes:
+    """What `torch.serialization.skip_data` writes: the CRC-32 of a record is zero."""
+    name = record.encode()
+    changed = bytearray(data)
+    local, central = data.index(name) - 30, data.rindex(name) - 46
+    changed[local + 14 : local + 18] = changed[central + 16 : central + 20] = bytes(4)
+    return bytes(changed)
+
+
+def test_records_without_a_checksum_beside_others(tmp_path: Path) -> None:
+    held = {"w": torch.arange(100.0), "b": torch.ones(3)}
+    data = bytearray(without_crc(as_bytes(held), "archive/data/0"))
+    assert of_torch(bytes(data))["w"][1] == 1
+    begin = data.index(held["w"].numpy().tobytes())
+    data[begin : begin + 400] = (held["w"] * 2).numpy().tobytes()  # filled in later
+    (tmp_path / "a.ckpt").write_bytes(data)
+    assert torch.equal(load(tmp_path / "a.ckpt")["w"], held["w"] * 2)
+    download(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert (tmp_path / "b.ckpt").read_bytes() == data
+    assert peek(tmp_path / "a.ckpt").checked
+    data[data.rindex(held["b"].numpy().tobytes())] ^= 1
+    (tmp_path / "a.ckpt").write_bytes(data)
+    with pytest.raises(CorruptError, match="do not match their checksum"):
+        load(tmp_path / "a.ckpt")
+
+
+def test_several_archives_in_one_file_are_not_taken_for_the_last(tmp_path: Path) -> None:
+    one, other = as_bytes({"w": torch.ones(3)}), as_bytes({"w": torch.zeros(3)})
+    for data in (one + other, one + bytes(50) + other, one[:100] + other, one * 3):
+        (tmp_path / "a.ckpt").write_bytes(data)
+        for read in (load, peek):
+            with pytest.raises(NotACheckpointError, match="several archives in a row"):
+                read(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").write_bytes(one + b"x" * 50)  # behind it there may be anything
+    assert load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
+    (tmp_path / "__0_0.distcp").write_bytes(one)
+    with pytest.raises(NotACheckpointError, match=r"shard of a folder.*dcp_to_torch"):
+        load(tmp_path / "__0_0.distcp")
+
+
+def test_an_archive_beyond_32_bits_or_within(tmp_path: Path) -> None:
+    data = as_bytes({"w": torch.ones(3)})
+    plain = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as held, zipfile.ZipFile(plain, "w") as copy:
+        for name in held.namelist():
+            copy.writestr(name, held.read(name))
+    assert (b"PK\6\6" in data, b"PK\6\6" in plain.getvalue()) == (True, False)
+    for each in (data, plain.getvalue()):
+        (tmp_path / "a.ckpt").write_bytes(each)
+        assert load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
+        (tmp_path / "a.ckpt").write_bytes(data + each)
+        with pytest.raises(NotACheckpointError):
+            load(tmp_path / "a.ckpt")
+
+
+def test_an_end_that_is_cut_or_lies_is_corrupt(tmp_path: Path) -> None:
+    data = as_bytes({"w": torch.ones(3)})
+    wide = data.rindex(b"PK\6\6") + 40  # the size of the directory
+    for bad in (data[:-30], data[:-2], data[:wide] + b"\1" + data[wide + 1 :]):
+        (tmp_path / "a.ckpt").write_bytes(bad)
+        with pytest.raises(CorruptError, match="no readable directory"):
+            load(tmp_path / "a.ckpt")
+
+
+def test_empty_tensors_of_two_dtypes_on_one_storage(tmp_path: Path) -> None:
+    empty = torch.empty(0)
+    held = {"w": empty, "v": empty.view(torch.int32), "u": empty.view(torch.uint8)}
+    for data in (as_bytes(held), legacy(held)):
+        (tmp_path / "a.ckpt").write_bytes(data)
+        found = load(tmp_path / "a.ckpt")
+        assert [t.dtype for t in found.values()] == [torch.float32, torch.int32, torch.uint8]
+        assert len(peek(tmp_path / "a.ckpt").tensors) == 3
 
 
 # ── torch's before 1.6 ────────────────────────────────────────────────────────────────────────
+
+
+class Of03:
+    """A tensor as torch wrote it before 0.4: on a part of a storage."""
+
+    def __init__(self, view: Any, *how: Any) -> None:
+        self.pid = ("storage", torch.FloatStorage, "0", "cpu", 6, view)
+        self.how = how
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor, (Stored(self.pid), *self.how)
+
+
+class Stored:
+    """Pickles as a persistent id."""
+
+    def __init__(self, pid: Any) -> None:
+        self.pid = pid
+
+
+def of_03(held: Any, values: Tensor) -> bytes:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return obj.pid if isinstance(obj, Stored) else None
+
+    out = io.BytesIO()
+    for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, held, ["0"]):
+        Pickler(out, 2).dump(each)
+    out.write(len(values).to_bytes(8, "little") + values.numpy().tobytes())
+    return out.getvalue()
+
+
+def test_views_of_storages_of_old(tmp_path: Path) -> None:
+    held = {
+        "all": Of03(None, 0, (6,), (1,)),
+        "end": Of03(("1", 2, 4), 1, (3,), (1,)),
+        "rows": Of03(("2", 2, 4), 0, (2, 2), (2, 1)),
+    }
+    data = of_03(held, torch.arange(6.0))
+    (tmp_path / "a.ckpt").write_bytes(data)
+    expected = torch.load(io.BytesIO(data), weights_only=False)
+    for trust in (False, True):
+        found = load(tmp_path / "a.ckpt", trust=trust)
+        assert {name: each.tolist() for name, each in found.items()} == {
+            name: each.tolist() for name, each in expected.items()
+        }
+        assert found["rows"].tolist() == [[2, 3], [4, 5]]
+        assert len({each.untyped_storage().data_ptr() for each in found.values()}) == 1
+    assert load(tmp_path / "a.ckpt", lambda c: c["end"]).tolist() == [3, 4, 5]
+    assert len(peek(tmp_path / "a.ckpt").tensors) == 3
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Of03(("1", 2, 5), 0, (1,), (1,)),  # beyond the storage
+        Of03(("1", -1, 2), 0, (1,), (1,)),
+        Of03(("1", 2, 2), 0, (3,), (1,)),  # beyond the view
+        Of03(("1", 2), 0, (1,), (1,)),
+        Of03(("1", "2", 2), 0, (1,), (1,)),
+    ],
+)
+def test_views_of_storages_of_old_that_lie(tmp_path: Path, lie: Any) -> None:
+    (tmp_path / "a.ckpt").write_bytes(of_03({"w": lie}, torch.arange(6.0)))
+    with pytest.raises(CorruptError):
+        load(tmp_path / "a.ckpt")
+
+
+def test_of_several_objects_in_a_row_the_first_comes_as_by_torch(tmp_path: Path) -> None:
+    data = legacy({"a": torch.ones(2)}) + legacy({"b": torch.zeros(2)})
+    (tmp_path / "a.ckpt").write_bytes(data)
+    assert_same(load(tmp_path / "a.ckpt"), of_torch(data))
 
 
 def test_a_legacy_file_of_all_kinds_of_tensors(tmp_path: Path) -> None:
@@ -61,23 +222,18 @@ def test_a_legacy_file_of_quantized_tensors(tmp_path: Path) -> None:
         assert torch.equal(checkpoint["w"], values)
 
 
-def test_sparse_tensors_of_a_legacy_file_are_validated_where_that_is_asked_for(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "a.ckpt").write_bytes(legacy({"s": torch.eye(3).to_sparse_csr()}))
-    with torch.sparse.check_sparse_tensor_invariants():
-        assert torch.equal(load(tmp_path / "a.ckpt")["s"].to_dense(), torch.eye(3))
-
-
 def test_a_legacy_file_of_another_byte_order(tmp_path: Path) -> None:
     tensor = torch.arange(9.0)
     tensor.untyped_storage().byteswap(tensor.dtype)
-    data = legacy({"w": tensor})
+    module = nn.ReLU()  # torch keeps its source beside it
+    data = legacy({"w": tensor, "module": module})
     told = b"little_endianq\x02\x88" if sys.byteorder == "little" else b"little_endianq\x02\x89"
     assert data.count(told) == 1
     other = told[:-1] + (b"\x89" if sys.byteorder == "little" else b"\x88")
     (tmp_path / "a.ckpt").write_bytes(data.replace(told, other))
-    assert torch.equal(load(tmp_path / "a.ckpt")["w"], torch.arange(9.0))
+    checkpoint = load(tmp_path / "a.ckpt")
+    assert torch.equal(checkpoint["w"], torch.arange(9.0))
+    assert "ReLU" in repr(checkpoint["module"])
 
 
 def small_net() -> nn.Module:
@@ -240,6 +396,43 @@ def test_safetensors_of_all_dtypes(tmp_path: Path, notes: dict[str, str] | None)
     expected = safetensors.torch.load_file(path)
     same_values(load(path), expected)
     same_values(load(path, include("b.*")), {k: t for k, t in expected.items() if k[0] == "b"})
+
+
+def test_safetensors_of_eight_and_four_bits(tmp_path: Path) -> None:
+    path, codes = tmp_path / "a.safetensors", torch.arange(8, dtype=torch.uint8).reshape(2, 4)
+    for name in ("float8_e8m0fnu", "float4_e2m1fn_x2"):
+        dtype = getattr(torch, name, None)
+        if dtype is None or not hasattr(safetensors.torch, "_float4_e2m1_x2"):
+            continue
+        held = {"w": codes.view(dtype), "rest": torch.ones(2)}
+        safetensors.torch.save_file(held, path)
+        found = load(path)
+        assert (found["w"].dtype, found["w"].shape) == (dtype, (2, 4))
+        assert torch.equal(found["w"].view(torch.uint8), codes)
+        assert torch.equal(load(path, lambda c: c["rest"]), torch.ones(2))
+        save(held, tmp_path / "b.safetensors")
+        again = safetensors.torch.load_file(tmp_path / "b.safetensors")
+        assert again["w"].dtype is dtype
+        assert torch.equal(again["w"].view(torch.uint8), codes)
+
+
+def safetensors_of(path: Path, header: str, data: bytes) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+    return path
+
+
+def test_safetensors_that_no_torch_has_or_with_no_metadata(tmp_path: Path) -> None:
+    one = '{"w": {"dtype": "%s", "shape": [%d], "data_offsets": [0, %d]}'
+    for dtype in ("F6_E2M3", "F6_E3M2"):
+        path = safetensors_of(tmp_path / "a", one % (dtype, 4, 3) + "}", bytes(3))
+        with pytest.raises(MissingPackageError, match="install a newer torch"):
+            load(path)
+    path = safetensors_of(tmp_path / "a", one % ("U8", 3, 3) + ', "__metadata__": null}', bytes(3))
+    assert load(path)["w"].tolist() == [0, 0, 0]
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        path = safetensors_of(tmp_path / "a", one % ("F4", 3, 1) + "}", bytes(1))
+        with pytest.raises(CorruptError):
+            load(path)
 
 
 def test_safetensors_without_a_tensor(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anemoi_ckpt import CheckpointError, CorruptError, NotACheckpointError, load
@@ -28,18 +28,14 @@ from checkpoints import as_bytes, assert_same
 from strategies import weights
 
 STATE = {"w": torch.arange(300.0), "v": torch.arange(7), "b": torch.ones(3, dtype=torch.bool)}
-SECONDS = 20
-many = settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+SECONDS = 20  # of the processor: those of the clock depend on what else the machine does
+many = settings(max_examples=150)
 
 
 def outcome(path: Path, data: bytes, *strategies: Callable[[Any], Any]) -> Any:
     """Load it, with time and memory taken; give the result, or the CheckpointError's text."""
     path.write_bytes(data)
-    begin = time.monotonic()
+    begin = time.process_time()
     tracemalloc.start()
     try:
         return load(path, *strategies)
@@ -48,7 +44,7 @@ def outcome(path: Path, data: bytes, *strategies: Callable[[Any], Any]) -> Any:
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert time.monotonic() - begin < SECONDS
+        assert time.process_time() - begin < SECONDS
         assert peak < 12 * len(data) + 30_000_000
 
 
@@ -315,11 +311,11 @@ def in_a_row(*parts: Any) -> bytes:
     )
 
 
-def test_a_legacy_file_cut_short_or_too_long(tmp_path: Path) -> None:
+def test_a_legacy_file_cut_short_or_with_bytes_after_its_end(tmp_path: Path) -> None:
     data = legacy()
     for end in range(2, len(data), 50):
         refused(tmp_path / "a", data[:end], "cannot be read")
-    refused(tmp_path / "a", data + b"x", "bytes are needed, the file has")
+    assert_same(outcome(tmp_path / "a", data + b"x"), STATE)  # as torch.load has it
 
 
 class Stored:
@@ -360,6 +356,7 @@ def test_legacy_counts_and_keys_that_lie(tmp_path: Path) -> None:
         ("storage", kind, "0", "cpu", -2, None),
         ("storage", kind, "0", "cpu", 2.0, None),
         ("storage", kind, "0", "cpu", 2, ("a view",)),
+        ("storage", kind, "0", "cpu", 2, ("a view", 0, 1), "more"),
         ("storage", kind, 0, "cpu", 2, None),
         ("storage", kind, deep(), "cpu", 2, None),
         ("storage", int, "0", "cpu", 2, None),
@@ -400,9 +397,9 @@ def test_a_legacy_file_of_very_many_storages(tmp_path: Path) -> None:
 
 def load_bytes(tmp_path: Path, data: bytes) -> Any:
     (tmp_path / "a").write_bytes(data)
-    begin = time.monotonic()
+    begin = time.process_time()
     found = load(tmp_path / "a")
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     return found
 
 

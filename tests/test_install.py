@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 import servers
-from _ckpt_install import folded, split
+from _anemoi_ckpt.tables import folded
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, quiet_trainer
 from strategies import compose, drop_optimizer, weights
@@ -26,6 +28,11 @@ class Tied(nn.Module):
         self.decoder = nn.Linear(4, width)
         self.decoder.weight = self.encoder.weight
         self.register_buffer("mean", torch.zeros(4))
+
+
+def pre_hook(module: nn.Module, hook: Any) -> None:
+    """As `register_load_state_dict_pre_hook`, which is public since torch 2.5."""
+    module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
 def train(model: nn.Module, steps: int = 2) -> tuple[torch.optim.Optimizer, Any]:
@@ -74,7 +81,8 @@ def test_weights_go_into_a_model_from_all_places(place, checkpoint, tmp_path: Pa
     assert report.bytes_stored == len(data)
     assert 0 < report.bytes_moved <= 3 * len(data)  # a small file is its first and last block, too
     assert report.seconds > 0
-    assert repr(report).splitlines()[1].startswith("moved         0.0 of 0.0 MB in 0.")
+    moved = repr(report).splitlines()[1]
+    assert re.fullmatch(r"moved         0\.0 of 0\.0 MB in \d+\.\d\d s", moved)
 
 
 def test_only_what_fits_is_moved(http_server: servers.HTTPServer) -> None:
@@ -172,7 +180,11 @@ def test_weights_are_found_wherever_they_are(wrap) -> None:
     ],
 )
 def test_weights_are_where_the_strategy_of_that_name_finds_them(checkpoint) -> None:
-    assert_same(dict(split(checkpoint)[0]), dict(weights(checkpoint)))
+    model = nn.Module()
+    for name, value in weights(checkpoint).items():
+        model.register_buffer(name, torch.zeros_like(value))
+    assert load_into(model, checkpoint).loaded == tuple(weights(checkpoint))
+    assert_same(dict(model.state_dict()), {k: v.detach() for k, v in weights(checkpoint).items()})
 
 
 def test_a_whole_module_as_a_checkpoint() -> None:
@@ -248,6 +260,10 @@ def test_a_filled_model_shares_no_memory_with_the_rest_or_an_array(tmp_path: Pat
     assert array.tolist() == [0, 0]
 
 
+@pytest.mark.skipif(
+    not (hasattr(torch._C, "_storage_Use_Count") and hasattr(torch.UntypedStorage, "resizable")),
+    reason="this torch does not tell who shares a storage: there it is copied",
+)
 def test_what_was_fetched_is_not_copied_again(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 2, bias=False).state_dict(), tmp_path / "a.ckpt")
     fetched: list[int] = []
@@ -342,6 +358,489 @@ def test_a_refused_state_changes_nothing(checkpoint) -> None:
         )
     assert_same(optimizer.state_dict(), before[1])
     assert_same(snapshot(model), before[0])
+
+
+# ── as load_state_dict does ───────────────────────────────────────────────────────────────────
+
+
+class Renaming(nn.Module):
+    """A module whose hook knows an older name of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Linear(2, 2)
+        self.other = nn.Linear(2, 2)
+        pre_hook(self, self.rename)
+
+    @staticmethod
+    def rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(f"{prefix}old.")]:
+            new = f"{prefix}new.{name.removeprefix(f'{prefix}old.')}"
+            state_dict[new] = state_dict.pop(name)
+
+
+class Frozen(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: it drops a counter that it does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(3))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Listed(nn.Linear):
+    """A module that keeps a list in its state dict, and writes into its tensors by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.seen: list[int] = []
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}seen"] = self.seen
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.seen = state_dict.pop(f"{prefix}seen")
+        with torch.no_grad():
+            self.weight.copy_(state_dict.pop(f"{prefix}weight"))
+            self.bias.copy_(state_dict.pop(f"{prefix}bias"))
+
+
+class Own(nn.Linear):
+    """A model with methods of its own, which take fewer arguments than torch's."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override] # fewer arguments than nn.Module's are the case
+        return {f"own.{name}": value for name, value in super().state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override] # fewer arguments than nn.Module's are the case
+        state_dict = {name.removeprefix("own."): value for name, value in state_dict.items()}
+        super().load_state_dict(state_dict, strict=False)
+
+
+def observer() -> nn.Module:
+    from torch.ao.quantization import FakeQuantize, PerChannelMinMaxObserver
+
+    kinds = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
+    bounds = {"quant_min": -128, "quant_max": 127}
+    return FakeQuantize(observer=PerChannelMinMaxObserver, ch_axis=0, **kinds, **bounds)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for number, tensor in enumerate((*model.parameters(), *model.buffers())):
+            tensor.copy_(torch.full_like(tensor, number + 2))
+    return model
+
+
+def renamed_state() -> dict[str, Any]:
+    state = filled(Renaming()).state_dict()
+    return {name.replace("new.", "old."): value for name, value in state.items()}
+
+
+def normalized() -> tuple[nn.Module, nn.Module]:
+    with pytest.warns((FutureWarning, UserWarning)):
+        return nn.utils.weight_norm(nn.Linear(3, 3)), nn.utils.parametrizations.weight_norm(
+            nn.Linear(3, 3)
+        )
+
+
+def without_counter() -> dict[str, Any]:
+    state = filled(nn.BatchNorm1d(3)).state_dict()
+    del state["num_batches_tracked"], state._metadata
+    return state
+
+
+LOADING = {
+    "a hook renames": (Renaming, renamed_state),
+    "a module drops a name": (Frozen, lambda: filled(nn.BatchNorm1d(3)).state_dict()),
+    "batch norm of torch 0.4": (lambda: nn.BatchNorm1d(3), without_counter),
+    "a module with a list": (Listed, lambda: {**filled(Listed()).state_dict(), "seen": [1, 2]}),
+    "methods of a model's own": (Own, lambda: filled(Own()).state_dict()),
+    "a scalar of torch 0.3": (
+        lambda: nn.ParameterDict({"a": nn.Parameter(torch.zeros(()))}),
+        lambda: {"a": torch.ones(1)},
+    ),
+    "one expected, one not": (
+        lambda: nn.Linear(2, 2),
+        lambda: {"weight": torch.ones(2, 2), "x": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("case", LOADING)
+def test_a_model_is_filled_as_by_load_state_dict(case: str, stored: bool, tmp_path: Path) -> None:
+    make, state = LOADING[case]
+    torch.manual_seed(0)
+    expected, model = make(), make()
+    model.load_state_dict(expected.state_dict())
+    given = state()
+    torch.save(given, tmp_path / "a.ckpt")
+    keys = expected.load_state_dict(copy.copy(given), **({} if case.startswith("me") else LOOSE))
+    parameters = dict(model.named_parameters())
+    report = load_into(model, tmp_path / "a.ckpt" if stored else given)
+    assert_same(dict(model.state_dict()), dict(expected.state_dict()))
+    assert {n: p for n, p in model.named_parameters() if p is not parameters[n]} == {}
+    if keys is not None:
+        assert report.missing == tuple(keys.missing_keys)
+        assert report.unexpected == tuple(keys.unexpected_keys)
+
+
+LOOSE = {"strict": False}
+
+
+def test_weight_norm_of_before_torch_2_1() -> None:
+    old, new = normalized()
+    report = load_into(new, old.state_dict(), strict=True)
+    assert (report.missing, report.unexpected) == ((), ())
+    ones = torch.ones(1, 3)
+    assert torch.allclose(new(ones), old(ones))
+
+
+def test_observers_take_the_size_of_the_checkpoint() -> None:
+    source, model = observer(), observer()
+    source(torch.randn(5, 3))
+    report = load_into(model, source.state_dict(), strict=True)
+    assert report.missing == ()
+    assert torch.equal(model.scale, source.scale)
+
+
+def test_hooks_run_once_on_all_that_fits(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    model = nn.Linear(2, 2)
+    pre_hook(model, lambda module, state, *rest: seen.append(list(state)))
+    model.register_load_state_dict_post_hook(lambda module, keys: seen.append(keys.missing_keys))
+    torch.save(nn.Linear(2, 2, bias=False).state_dict(), tmp_path / "a.ckpt")
+    load_into(model, tmp_path / "a.ckpt")
+    assert seen == [["weight"], ["bias"]]
+
+
+def test_a_hook_may_excuse_what_is_missing() -> None:
+    model = nn.Linear(2, 2)
+    model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
+    assert load_into(model, {"weight": torch.ones(2, 2)}).missing == ()
+
+
+class Kept(nn.Module):
+    """Keeps a view of its weights, and what comes of them, when it has loaded: by a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("sums", torch.zeros(2))
+        self.register_load_state_dict_post_hook(type(self).keep)
+
+    def keep(self, keys: Any) -> None:
+        self.turned = self.linear.weight.t()
+        self.inverse = torch.inverse(self.linear.weight.detach())
+        self.sums.copy_(self.linear.weight.detach().sum(1))
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name != "sums"]
+
+
+class KeptByMethod(Kept):
+    """As its parent, by a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._load_state_dict_post_hooks.clear()
+
+    def load_state_dict(self, *args: Any, **kw: Any) -> Any:
+        keys = super().load_state_dict(*args, **kw)
+        self.keep(keys)
+        return keys
+
+
+@pytest.mark.parametrize("kind", [Kept, KeptByMethod])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_is_called_after_loading_sees_the_models_own_tensors(
+    kind: Any, dtype: torch.dtype
+) -> None:
+    """It saw the checkpoint's, of another dtype, and kept views of them."""
+    model, wanted = kind(), kind()
+    state = {"linear.weight": 3 * torch.eye(2, dtype=dtype), "linear.bias": torch.ones(2)}
+    wanted.load_state_dict(state, strict=False)
+    report = load_into(model, state, strict=True)
+    assert report.missing == ()
+    assert model.turned.data_ptr() == model.linear.weight.data_ptr()
+    assert_same(model.inverse, wanted.inverse)
+    assert_same(snapshot(model), snapshot(wanted))
+
+
+def test_a_layer_that_looks_at_its_weights_as_it_loads_sees_its_own() -> None:
+    class Inverse(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            self.inverse = torch.inverse(self.weight.detach())
+            self.turned = self.weight.t()
+
+    model = nn.Sequential(Inverse(2, 2))
+    load_into(model, {"0.weight": 2 * torch.eye(2).half(), "0.bias": torch.ones(2)})
+    assert torch.equal(model[0].inverse, torch.eye(2) / 2)
+    assert model[0].turned.data_ptr() == model[0].weight.data_ptr()
+
+
+def test_a_refusal_after_a_module_has_kept_its_tensors() -> None:
+    model = Kept()
+    before = snapshot(model)
+    state = {"linear.weight": torch.zeros(2, 2), "linear.bias": torch.ones(2)}  # no inverse
+    with pytest.raises(MismatchError, match="singular"):
+        load_into(model, state)
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_recurrent_network_computes_with_what_is_trained(kind: Any, device: str) -> None:
+    """It went on with the checkpoint's tensors, beside its parameters."""
+    source, model = kind(2, 3), kind(2, 3, device=device)
+    state = {name: value.double() for name, value in source.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    load_into(model, state)
+    steps = torch.ones(4, 1, 2)
+    assert torch.equal(model(steps)[0], source(steps)[0])
+    model(steps)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if device == "cpu":
+        assert all(getattr(model, name) is each for name, each in parameters.items())
+
+
+def test_a_refused_load_leaves_a_recurrent_network_as_it_was() -> None:
+    model, steps = nn.LSTM(2, 3), torch.ones(4, 1, 2)
+    before = model(steps)[0]
+    checkpoint = {"state_dict": nn.LSTM(2, 3).state_dict(), "optimizer_states": [{"bad": 1}]}
+    with pytest.raises(MismatchError):
+        load_into(model, checkpoint, optimizer=torch.optim.AdamW(model.parameters()))
+    assert torch.equal(model(steps)[0], before)
+
+
+def test_of_tied_weights_that_differ_the_last_counts_as_for_torch() -> None:
+    model, wanted = Tied(), Tied()
+    state = {**model.state_dict(), "decoder.weight": torch.full((3, 4), 7.0)}
+    state["encoder.weight"] = torch.ones(3, 4)
+    wanted.load_state_dict(state)
+    load_into(model, state)
+    assert_same(snapshot(model), snapshot(wanted))
+
+
+class TiedBetween(nn.Module):
+    """A layer that stands twice, and between its places one that is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.between.weight = self.first.weight
+        self.last = self.first
+
+
+@pytest.mark.parametrize("left_out", ["nothing", "first"])
+def test_of_a_layer_that_stands_twice_the_last_place_counts(left_out: str) -> None:
+    model, wanted = TiedBetween(), TiedBetween()
+    values = {"first": 1.0, "between": 2.0, "last": 3.0}
+    state = {
+        name: torch.full_like(tensor, values[name.partition(".")[0]])
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(left_out)
+    }
+    wanted.load_state_dict(state, strict=False)
+    load_into(model, state)
+    assert_same(snapshot(model), snapshot(wanted))
+    assert model.first.weight[0, 0] == 3
+
+
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm1d, nn.LazyLinear])
+def test_lazy_layers_with_buffers_are_filled(kind: Any) -> None:
+    source = kind() if kind is nn.LazyBatchNorm1d else kind(4)
+    source(torch.randn(5, 3))
+    model = nn.Sequential(kind() if kind is nn.LazyBatchNorm1d else kind(4))
+    state = {f"0.{name}": value for name, value in source.state_dict().items()}
+    load_into(model, state, strict=True)
+    assert_same(snapshot(model), state)
+
+
+def test_a_refused_load_leaves_a_lazy_layer_lazy() -> None:
+    source, model = nn.BatchNorm1d(3), nn.Sequential(nn.LazyBatchNorm1d())
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    state = {f"0.{name}": value for name, value in source.state_dict().items()}
+    checkpoint = {"state_dict": state, "optimizer_states": [{"bad": 1}]}
+    with pytest.raises(MismatchError):
+        load_into(model, checkpoint, optimizer=optimizer)
+    assert type(model[0].running_mean) is torch.nn.UninitializedBuffer
+    assert isinstance(model[0].weight, torch.nn.UninitializedParameter)
+
+
+def test_below_a_module_with_hooks_all_is_moved_and_elsewhere_what_fits(http_server) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(2, 2)
+            self.hooked = Renaming()
+
+    state = {f"hooked.{name}": value for name, value in renamed_state().items()}
+    large = {"plain.large": torch.zeros(10**6), "hooked.large": torch.zeros(500_000)}
+    uri = http_server.put("a.ckpt", as_bytes({**state, **large}))
+    report = load_into(Net(), uri)
+    assert set(report.unexpected) == {"plain.large", "hooked.large"}
+    assert set(report.missing) == {"plain.weight", "plain.bias"}
+    assert 2e6 < http_server.bytes_sent < 2e6 * 1.02 + 2**20
+
+
+def test_buffers_that_stay_on_meta_are_told() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("frequencies", torch.ones(2), persistent=False)
+
+    with torch.device("meta"):
+        model = Rotary()
+    report = load_into(model, Rotary().state_dict())
+    assert report.on_meta == ("frequencies",)
+    assert "\non meta 1     frequencies" in repr(report)
+    assert load_into(Rotary(), Rotary().state_dict()).on_meta == ()
+
+
+class Expanded(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("mask", torch.zeros(1).expand(3))
+
+
+class Counting(nn.Linear):
+    """A module with an extra state, which it may refuse."""
+
+    refuses = False
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.count = 0
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        if self.refuses:
+            raise OSError("not this one")
+        self.count = state
+
+
+class Stubborn(Counting):
+    refuses = True
+
+
+class Objecting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+        raise RuntimeError("no")
+
+
+class Sized(nn.Linear):
+    """A module that takes any size, and then objects."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("scale", torch.ones(2))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.scale.resize_(5).zero_()
+        raise RuntimeError("no")
+
+
+def quantized() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are deprecated
+        return torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+
+
+REFUSALS = {
+    "a quantized weight": (lambda: nn.Linear(2, 2), {"weight": quantized()}),
+    "bits": (
+        lambda: nn.Linear(2, 2),
+        {"weight": torch.zeros(2, 2, dtype=torch.uint8).view(torch.bits8)},
+    ),
+    "an expanded buffer": (Expanded, {"mask": torch.ones(3)}),
+    "an extra state": (Stubborn, {"_extra_state": 7}),
+    "a module": (Objecting, {"weight": torch.ones(2, 2)}),
+    "a module that was resized": (Sized, {"weight": torch.ones(2, 2)}),
+    "a module beside a lazy one": (
+        lambda: nn.Sequential(nn.LazyLinear(2), Objecting()),
+        {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "1.weight": torch.ones(2, 2)},
+    ),
+}
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_refuses_leaves_everything_as_it_was(case: str, stored: bool, tmp_path: Path) -> None:
+    make, given = REFUSALS[case]
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Counting(), "c": make(), "d": Counting()})
+    state = {f"c.{name}": value for name, value in given.items()}
+    for name in ("a", "b", "d"):
+        state |= {f"{name}.weight": torch.ones(2, 2), f"{name}.bias": torch.ones(2)}
+    state |= {"b._extra_state": 1, "d._extra_state": 1}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    optimizer, _ = train(model["a"], 1)
+    before = copy.deepcopy((tensors(model), optimizer.state_dict()))
+    place = tmp_path / "a.ckpt" if stored else {"state_dict": state}
+    with pytest.raises(MismatchError) as caught:
+        load_into(model, place, optimizer=optimizer)
+    assert str(caught.value).startswith(str(tmp_path) if stored else "a checkpoint in memory: ")
+    after = tensors(model)
+    assert after.keys() == before[0].keys()
+    for name, parameter in before[0].items():
+        assert nn.parameter.is_lazy(parameter) == nn.parameter.is_lazy(after[name])
+        assert nn.parameter.is_lazy(parameter) or torch.equal(parameter, after[name])
+    assert (model["b"].count, model["d"].count) == (0, 0)
+    assert_same(optimizer.state_dict(), before[1])
+
+
+def test_an_optimizer_that_refuses_its_own_state_as_well() -> None:
+    class Refusing(torch.optim.SGD):
+        def load_state_dict(self, state: Any) -> None:
+            raise KeyError("no state is good")
+
+    model = nn.Linear(2, 2)
+    before = snapshot(model)
+    checkpoint = {"state_dict": nn.Linear(2, 2).state_dict(), "optimizer_states": [{}]}
+    with pytest.raises(MismatchError, match="no state is good"):
+        load_into(model, checkpoint, optimizer=Refusing(model.parameters()))
+    assert_same(snapshot(model), before)
+
+
+def test_an_optimizer_is_not_copied_for_fear_of_a_refusal() -> None:
+    """What it had is kept by reference: torch's optimizers replace their state."""
+    model, source = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer, scheduler = train(model, 1)
+    other, _ = train(source, 2)
+    had = {id(state["exp_avg"]) for state in optimizer.state.values()}
+    checkpoint = {"state_dict": source.state_dict(), "optimizer": other.state_dict()}
+    wrong = {**checkpoint, "scheduler": {"last_epoch": 1, "_last_lr": [1], "bad": 1}, "x": 1}
+
+    class Refusing(type(scheduler)):  # type: ignore[misc] # the base is a value: mypy knows no dynamic bases
+        def load_state_dict(self, state: Any) -> None:
+            if "bad" in state:
+                raise KeyError("bad")
+            super().load_state_dict(state)
+
+    refusing = Refusing(optimizer, 1)
+    with pytest.raises(MismatchError, match=r"refused it \(KeyError: 'bad'\)"):
+        load_into(model, wrong, optimizer=optimizer, scheduler=refusing)
+    assert {id(state["exp_avg"]) for state in optimizer.state.values()} == had
+    assert int(next(iter(optimizer.state.values()))["step"]) == 1
 
 
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────
@@ -586,3 +1085,57 @@ def test_a_real_lightning_checkpoint_into_its_model(place, tmp_path: Path) -> No
     assert report.missing == report.unexpected == ()
     assert torch.equal(model[3].weight, state["model.3.weight"])
     assert report.bytes_moved < 0.4 * report.bytes_stored
+
+
+# ── what few models do ────────────────────────────────────────────────────────────────────────
+
+
+def test_strict_counts_what_a_hook_leaves() -> None:
+    model = Renaming()
+    before = snapshot(model)
+    state = {**filled(Renaming()).state_dict(), "ghost.weight": torch.ones(1)}
+    with pytest.raises(MismatchError, match=r"ghost\.weight"):
+        load_into(model, state, strict=True)
+    assert_same(snapshot(model), before)
+
+
+def test_an_extra_state_of_no_module_is_unexpected() -> None:
+    model, state = Renaming(), filled(Renaming()).state_dict()
+    report = load_into(model, {**state, "ghost._extra_state": 1})
+    assert report.unexpected == ("ghost._extra_state",)
+    assert_same(snapshot(model), dict(state))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_module_keeps_its_tensors() -> None:
+    """It got the checkpoint's, and an optimizer that was made before trained others."""
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    addresses = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    source = filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    load_into(model, {name: value.double() for name, value in source.state_dict().items()})
+    assert_same(snapshot(model), snapshot(source))
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == addresses
+    before = snapshot(model)
+    wrong = {"state_dict": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()}
+    wrong["optimizer_states"] = [{"bad": 1}]
+    with pytest.raises(MismatchError):
+        load_into(model, wrong, optimizer=torch.optim.SGD(model.parameters()))
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_module_is_filled() -> None:
+    source = filled(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.BatchNorm1d(2))
+    report = load_into(model, source.state_dict())
+    assert (report.missing, report.unexpected) == ((), ())
+    assert_same(snapshot(model), snapshot(source))
+
+
+def test_tensors_of_a_dtype_that_a_copy_may_refuse() -> None:
+    model, before = nn.Module(), torch.zeros(3, dtype=torch.float8_e4m3fn)
+    model.register_buffer("scale", before)
+    value = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float8_e4m3fn)
+    load_into(model, {"scale": value})
+    assert model.scale is before
+    assert model.scale.float().tolist() == [1, 2, 0.5]

@@ -1,7 +1,9 @@
 """The laws of `load`: fusion, frugality, fidelity, purity, all or nothing."""
 
 import contextlib
+import functools
 import gzip
+import importlib
 import io
 import itertools
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +20,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-import _ckpt_fetch
-import _ckpt_sources
+import _anemoi_ckpt.fetching
+import _anemoi_ckpt.progress
+import _anemoi_ckpt.transport
 import anemoi_ckpt
+import needs
 import servers
 from anemoi_ckpt import (
     CheckpointError,
@@ -32,13 +37,12 @@ from anemoi_ckpt import (
     UnsafeCheckpointError,
     load,
     parse_uri,
+    peek,
 )
 from checkpoints import as_bytes, assert_same, lexicographic, lightning_checkpoint, odd_checkpoint
 from strategies import compose, drop_optimizer, weights
 
-few = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few = settings(max_examples=60)
 
 # ── checkpoints of all kinds ──────────────────────────────────────────────────────────────────
 
@@ -101,15 +105,23 @@ def layouts(checkpoint: Any) -> list[bytes]:
     return [data, lexicographic(data), legacy]
 
 
+def holds_float8(checkpoint: dict[str, Any]) -> bool:
+    """Whether torch writes a legacy file that it cannot read.
+
+    Where it fails, it must not be asked: torch 2.14 keeps the sparse tensors that it has met by
+    then, whose indices were not read yet, and checks them at the end of its next load.
+    """
+    tensors = checkpoint["state_dict"].values()
+    return any(tensor.dtype is torch.float8_e4m3fn for tensor in tensors)
+
+
 @few
 @given(checkpoint=checkpoints(), layout=st.integers(0, 2))
 def test_fidelity(checkpoint: Any, layout: int, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(layouts(checkpoint)[layout])
-    try:
-        expected = torch.load(path, weights_only=True)
-    except AttributeError:  # float8 in a legacy file: torch writes it, and cannot read it
-        expected = checkpoint
+    is_read = layout < 2 or not holds_float8(checkpoint)
+    expected = torch.load(path, weights_only=True) if is_read else checkpoint
     assert_same(load(path), expected)
     assert_same(load(path, trust=True), expected)
 
@@ -118,7 +130,7 @@ def test_fidelity(checkpoint: Any, layout: int, tmp_path: Path) -> None:
 def test_fidelity_to_what_is_awkward(tmp_path: Path, layout: int) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(layouts(odd_checkpoint())[layout])
-    assert_same(load(path), torch.load(path, weights_only=True))
+    assert_same(load(path), torch.load(path, weights_only=needs.SAFE))
     assert_same(load(path, trust=True), torch.load(path, weights_only=False))
 
 
@@ -174,7 +186,7 @@ STRATEGIES: dict[str, Callable[[Any], Any]] = {
     "shapes": lambda c: {name: tuple(t.shape) for name, t in weights(c).items()},
     "numpy": on_tensors(lambda t: torch.from_numpy(t.detach().double().resolve_conj().numpy())),
 }
-ENDS = {"largest": largest, "names": list, "nothing": lambda c: None}
+ENDS = {"largest": largest, "names": list, "nothing": lambda c: ()}
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
@@ -216,10 +228,13 @@ def test_fusion(
     data=st.data(),
 )
 def test_purity(checkpoint: Any, strategy: Callable[[Any], Any], data: st.DataObject) -> None:
-    snapshot = torch.load(io.BytesIO(as_bytes(checkpoint)), weights_only=True)
-    hollow = torch.load(io.BytesIO(as_bytes(checkpoint)), "meta", weights_only=True)
+    snapshot = torch.load(io.BytesIO(as_bytes(checkpoint)), weights_only=needs.SAFE)
+    try:
+        hollow = torch.load(io.BytesIO(as_bytes(checkpoint)), "meta", weights_only=needs.SAFE)
+    except NotImplementedError:  # torch 2.6 looks for the indices of a sparse tensor that is hollow
+        reject()
     result = strategy(checkpoint)
-    assert_same(torch.load(io.BytesIO(as_bytes(checkpoint)), weights_only=True), snapshot)
+    assert_same(torch.load(io.BytesIO(as_bytes(checkpoint)), weights_only=needs.SAFE), snapshot)
     full, empty = weights(result), weights(strategy(hollow))
     assert list(full) == list(empty)
     for name in full:
@@ -244,6 +259,19 @@ def storage_bytes(result: Any) -> int:
     )
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_typed_storages_come_without_the_warning_of_torch(is_zip: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = {"storage": torch.FloatStorage([1.0, 2.0]), "tensor": torch.ones(3)}
+        torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load(tmp_path / "a.pt", lambda checkpoint: checkpoint)
+        peek(tmp_path / "a.pt")
+    assert loaded["storage"].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -252,7 +280,7 @@ def storage_bytes(result: Any) -> int:
         lambda c: {k: t for k, t in weights(c).items() if ".7." in k},
         lambda c: [t for i, t in enumerate(weights(c).values()) if i % 2],
         lambda c: c["epoch"],
-        lambda c: None,
+        lambda c: (),
         lambda c: c,
     ],
 )
@@ -377,21 +405,25 @@ def test_a_cycle_keeps_nothing_alive(stored, http_server) -> None:
 def test_few_requests_one_after_another(place, stored) -> None:
     uri = place.put("a.ckpt", as_bytes(stored[1]))
     seen: list[float] = []
-    place.server.reset()
 
     def late(request: servers.Request) -> servers.Fault:
         seen.append(time.monotonic())
         return servers.Fault(delay=0.15)
 
-    place.server.fault = late
-    load(uri, weights)
-    rounds = 1 + sum(later - sooner > 0.1 for sooner, later in itertools.pairwise(seen))
-    assert rounds <= 4  # three before the tensors' bytes, and these
+    def rounds() -> int:
+        seen.clear()
+        place.server.reset()
+        place.server.fault = late
+        load(uri, weights)
+        return 1 + sum(later - sooner > 0.1 for sooner, later in itertools.pairwise(seen))
+
+    # Three before the tensors' bytes, and these. A busy machine can only make them seem more.
+    assert any(rounds() <= 4 for _ in range(8))
 
 
 def test_strategies_are_functions_and_their_errors_say_what_was_loaded(stored) -> None:
-    with pytest.raises(TypeError, match="a strategy is a function of a checkpoint, not 'weights'"):
-        load(stored[0], "weights")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="load takes functions: 'weights' is text"):
+        load(stored[0], "weights")  # type: ignore[arg-type] # a wrong argument is the case
     with pytest.raises(KeyError) as caught:
         load(stored[0], lambda c: c["no such key"])
     assert caught.value.__notes__ == [f"while loading {stored[0]}"]
@@ -413,8 +445,8 @@ def test_files_compressed_by_name(tmp_path: Path, http_server, suffix: str) -> N
     import bz2
     import lzma
 
-    from backports import zstd
-
+    new = sys.version_info >= (3, 14)
+    zstd = importlib.import_module("compression.zstd" if new else "backports.zstd")
     compress = {
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
@@ -430,6 +462,28 @@ def test_files_compressed_by_name(tmp_path: Path, http_server, suffix: str) -> N
     (tmp_path / f"b{suffix}").write_bytes(data[: len(data) // 2])
     with pytest.raises(CorruptError, match=f"cannot be decompressed as {suffix}"):
         load(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2"])
+def test_what_becomes_far_more_than_weights_do_is_not_unpacked(tmp_path: Path, suffix: str) -> None:
+    import bz2
+
+    compress = {".gz": functools.partial(gzip.compress, compresslevel=1), ".bz2": bz2.compress}
+    (tmp_path / f"a.ckpt{suffix}").write_bytes(compress[suffix](bytes(80 * 1024**2)))
+    with pytest.raises(CorruptError, match=rf"a\.ckpt{suffix}: .* unpacked; do not trust it; if"):
+        load(tmp_path / f"a.ckpt{suffix}")
+
+
+def test_what_a_server_compressed_far_more_than_weights_is_not_unpacked(
+    tmp_path: Path, http_server: Any
+) -> None:
+    http_server.fault = lambda request: servers.Fault(gzip=True)
+    uri = http_server.put("b.ckpt", bytes(80 * 1024**2))
+    with pytest.raises(CorruptError, match="unpacked; do not trust it"):
+        load(uri)
+    with pytest.raises(CorruptError, match="unpacked; do not trust it"):
+        anemoi_ckpt.download(uri, tmp_path / "b.ckpt")
+    assert not (tmp_path / "b.ckpt").exists()
 
 
 def test_nothing_compressed_and_nothing_streamed(tmp_path: Path, http_server) -> None:
@@ -467,7 +521,7 @@ def test_an_archive_that_somebody_zipped_anew(tmp_path: Path, stored) -> None:
 def test_what_is_awkward_in_an_archive_that_somebody_zipped_anew(tmp_path: Path) -> None:
     data = as_bytes(odd_checkpoint())
     (tmp_path / "a.ckpt").write_bytes(repacked(data, zipfile.ZIP_STORED))
-    assert_same(load(tmp_path / "a.ckpt"), torch.load(io.BytesIO(data), weights_only=True))
+    assert_same(load(tmp_path / "a.ckpt"), torch.load(io.BytesIO(data), weights_only=needs.SAFE))
 
 
 def test_a_zip_bomb_and_a_deflated_archive_that_is_damaged(tmp_path: Path) -> None:
@@ -484,6 +538,7 @@ def test_a_zip_bomb_and_a_deflated_archive_that_is_damaged(tmp_path: Path) -> No
         load(tmp_path / "damaged.ckpt")
 
 
+@needs.with_crc32_options
 def test_an_archive_without_checksums(tmp_path: Path) -> None:
     checkpoint = {"w": torch.arange(1000.0), "e": torch.empty(0)}
     torch.serialization.set_crc32_options(False)
@@ -587,8 +642,6 @@ def test_trust_runs_real_classes(tmp_path: Path) -> None:
         assert isinstance(full["n"], torch.nn.Linear)
         assert_same(dict(full["n"].state_dict()), dict(held["n"].state_dict()))
         assert full["b"].getstate() == generator.getstate()
-    with torch.serialization.safe_globals([random.Random]):
-        assert load(tmp_path / "a.ckpt")["b"].getstate() == generator.getstate()
 
 
 def test_a_trust_that_is_none(tmp_path: Path) -> None:
@@ -666,9 +719,7 @@ def test_a_directory_that_lies(tmp_path: Path) -> None:
         load(tmp_path / "a.ckpt")
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_gives_the_truth_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever bit is wrong, wherever the file ends."""
@@ -703,7 +754,7 @@ def test_a_bar_shows_where_it_is_wanted(stored, capsys, monkeypatch) -> None:
         load(stored[0], progress=silent)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(_ckpt_sources, "PROGRESS_DELAY_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.progress, "DELAY_SECONDS", 0)
     load(stored[0])
     assert "100%" in capsys.readouterr().err
 
@@ -718,7 +769,7 @@ def test_legacy_and_compressed_files_show_progress(tmp_path: Path) -> None:
 
 def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> None:
     uri, _ = stored
-    monkeypatch.setattr(_ckpt_sources, "LONG_PART_BYTES", 100_000)
+    monkeypatch.setattr(_anemoi_ckpt.parallel, "LONG_PART_BYTES", 100_000)
     monkeypatch.setattr(anemoi_ckpt.HTTPURI, "connections", 4)
 
     def interrupted(done: int, total: int | None) -> None:
@@ -734,7 +785,7 @@ def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> 
 
 def test_memory_does_not_outlive_its_view_nor_the_view_its_memory() -> None:
     storage = torch.UntypedStorage(8).fill_(7)
-    view = _ckpt_fetch.memory(storage)
+    view = _anemoi_ckpt.fetching.memory(storage)
     del storage
     assert bytes(view) == b"\7" * 8
 

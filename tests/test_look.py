@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import _ckpt_sources
+import _anemoi_ckpt.progress
+import _anemoi_ckpt.transport
 import anemoi_ckpt
+import needs
 import servers
-from _ckpt_tables import sized
+from _anemoi_ckpt.tables import sized
 from anemoi_ckpt import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -29,7 +31,7 @@ from anemoi_ckpt import (
     peek,
     save,
 )
-from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpoint
+from checkpoints import WRITER, as_bytes, assert_same, lightning_checkpoint, odd_checkpoint
 from strategies import drop_optimizer, weights
 
 ROOT = Path(anemoi_ckpt.__file__).parent
@@ -63,7 +65,7 @@ def test_peek_tells_what_is_inside(tmp_path: Path) -> None:
     found = peek(tmp_path / "a.ckpt")
     assert (found.format, found.bytes) == ("torch zip", (tmp_path / "a.ckpt").stat().st_size)
     assert (found.epoch, found.global_step, found.lightning) == (3, 1200, "2.6.0")
-    assert (found.torch, found.checked, found.metadata) == ("2.7 or later", True, None)
+    assert (found.torch, found.checked, found.metadata) == (WRITER, True, None)
     assert found.keys == {
         "epoch": 0,
         "global_step": 0,
@@ -149,9 +151,9 @@ def test_peek_of_every_format(tmp_path: Path) -> None:
     expected = {
         "legacy": ("torch legacy", "before 1.6, or in its format", ["0.weight", "0.bias"]),
         "a.safetensors": ("safetensors", None, ["0.weight", "0.bias"]),
-        "tensor": ("torch zip", "2.7 or later", [""]),
-        "module": ("torch zip", "2.7 or later", ["0.weight", "0.bias"]),
-        "nothing": ("torch zip", "2.7 or later", []),
+        "tensor": ("torch zip", WRITER, [""]),
+        "module": ("torch zip", WRITER, ["0.weight", "0.bias"]),
+        "nothing": ("torch zip", WRITER, []),
     }
     for name, (kind, version, names) in expected.items():
         found = peek(tmp_path / name)
@@ -176,13 +178,15 @@ def test_the_layout_tells_which_torch(tmp_path: Path) -> None:
     assert peek(tmp_path / "a").torch == "2.1 or later"
     (tmp_path / "a").write_bytes(stripped(data, "byteorder"))
     assert peek(tmp_path / "a").torch == "1.6 or later"
-    told = {"provenance_training": {"module_versions": {"torch": "2.5.1"}}}
-    (tmp_path / "a").write_bytes(with_metadata(data, told))
-    assert peek(tmp_path / "a").torch == "2.5.1"
+    for noted in ("2.5.1", {"version": "2.5.1"}):
+        told = {"provenance_training": {"module_versions": {"torch": noted}}}
+        (tmp_path / "a").write_bytes(with_metadata(data, told))
+        assert peek(tmp_path / "a").torch == "2.5.1"
     (tmp_path / "a").write_bytes(with_metadata(data, {"provenance_training": "?"}))
     assert peek(tmp_path / "a").torch == "2.1 or later"
 
 
+@needs.with_crc32_options
 def test_checkpoints_without_checksums_are_named(tmp_path: Path) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -266,7 +270,7 @@ def test_metadata_that_is_not_there_or_not_right(tmp_path: Path) -> None:
             "2 rec",
         ),
         (with_metadata(plain, b"{"), CorruptError, r"its archive/.*anemoi\.json cannot be read"),
-        (with_metadata(plain, b"[" * 100_000), CorruptError, "RecursionError"),
+        (with_metadata(plain, b"[" * 100_000), CorruptError, "nested without end"),
         (with_metadata(plain, missing), CorruptError, r"the array .*gone\.numpy is missing"),
         (
             with_metadata(plain, wrong, x=MASK.tobytes()),
@@ -369,7 +373,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "anemoi_ckpt", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COVERAGE_PROCESS_START": ""}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -442,7 +446,7 @@ def test_errors_of_the_command_line_are_one_line(
         ("copy", source, "b.ckpt", "--include", "x*"): "x*",
         ("peek", "https://user:secret@127.0.0.1:1/a?sig=s3cr3t"): "sig=***",
     }.items():
-        monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
+        monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
         assert main(arguments) == 1
         shown = capsys.readouterr()
         assert said in shown.err

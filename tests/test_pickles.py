@@ -16,6 +16,7 @@ import pickle
 import struct
 import subprocess
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -23,12 +24,26 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
+from torch import nn
 
-import _ckpt_inert
-from _ckpt_inert import ForbiddenGlobalError, trusted, unpickle, walk
-from anemoi_ckpt import CheckpointError, Inert, InertGlobal, load, metadata, peek
+import _anemoi_ckpt.pickles.writing
+from _anemoi_ckpt.pickles.inert import walk
+from _anemoi_ckpt.pickles.reading import ForbiddenGlobalError, trusted, unpickle
+from anemoi_ckpt import (
+    CheckpointError,
+    CorruptError,
+    Inert,
+    InertGlobal,
+    MismatchError,
+    MissingPackageError,
+    load,
+    load_into,
+    metadata,
+    peek,
+    save,
+)
 from checkpoints import as_bytes, assert_same
-from strategies import drop, weights
+from strategies import drop, drop_optimizer, weights
 
 PROTOCOLS = range(6)
 HERE = __name__
@@ -45,7 +60,7 @@ def read(data: bytes, trust: Any = False) -> Any:
 def rewritten(value: Any, protocol: int) -> bytes:
     """What our pickler makes of what our machine read."""
     out = io.BytesIO()
-    _ckpt_inert.Pickler(out, protocol).dump(value)
+    _anemoi_ckpt.pickles.writing.Pickler(out, protocol).dump(value)
     return out.getvalue()
 
 
@@ -151,11 +166,11 @@ class Pair(NamedTuple):
     second: str
 
 
-class Dotted(dict):  # type: ignore[type-arg]
+class Dotted(dict):  # type: ignore[type-arg] # the base is the class itself, as in a user's code
     pass
 
 
-class Listed(list):  # type: ignore[type-arg]
+class Listed(list):  # type: ignore[type-arg] # the base is the class itself, as in a user's code
     pass
 
 
@@ -176,7 +191,7 @@ class Keyword:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keyword) and self.a == other.a
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] # how Python marks a class as not hashable
 
 
 class Outer:
@@ -300,6 +315,35 @@ def test_inert_objects_compare_and_hash() -> None:
     assert [[one == other for other in again] for one in held] == torch.eye(4).bool().tolist()
 
 
+def test_inert_keys_are_told_apart_as_their_class_does() -> None:
+    alike = [Plain(), Plain(), Plain()]
+    held = {
+        "dict": dict(zip(alike, range(3), strict=True)),
+        "set": {*alike},
+        "frozen": frozenset(alike),
+        "pairs": {(alike[0], 1): "a", (alike[1], 1): "b"},
+        "same": alike,
+    }
+    for protocol in (2, 4):
+        found = read(pickle.dumps(held, protocol))
+        for each in (found, copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+            assert [len(value) for value in each.values()] == [3, 3, 3, 2, 3]
+            assert [each["dict"][key] for key in each["same"]] == [0, 1, 2]
+            assert {*each["same"]} == each["set"] == each["frozen"]
+            assert each["same"][0] != each["same"][1]
+        again = pickle.loads(rewritten(found, protocol))
+        assert [again["dict"][key] for key in again["same"]] == [0, 1, 2]
+    colours = read(pickle.dumps({"by": {Colour.RED: 1}, "set": {Colour.RED}}, 4))
+    assert colours["by"][inert(Colour.RED)] == 1  # a value, of whichever pickle
+    assert inert(Colour.RED) in colours["set"]
+
+
+def test_many_keys_of_one_class() -> None:
+    one = b"cx\ny\n)\x81}" + text("a") + b"M%bsb"
+    keys = b"".join(one.replace(b"%b", place.to_bytes(2, "little")) + b"N" for place in range(9999))
+    assert len(read(b"\x80\x02}(" + keys + b"u.")) == 9999
+
+
 class Holder:
     def __init__(self, held: Any) -> None:
         self.held = held
@@ -357,12 +401,12 @@ class Named(torch.Tensor):
 
 def test_tensor_subclasses_hold_their_tensor(tmp_path: Path) -> None:
     named = torch.arange(3.0).as_subclass(Named)
-    named.unit = "K"  # type: ignore[attr-defined]
+    named.unit = "K"  # type: ignore[attr-defined] # an attribute that the class does not declare is the case
     (tmp_path / "a").write_bytes(as_bytes({"t": named, "u": torch.ones(2)}))
     found = load(tmp_path / "a")["t"]
     assert torch.equal(found._inert_args[0], torch.arange(3.0))
     assert type(load(tmp_path / "a", trust=[Named])["t"]) is Named
-    torch.save({"t": found}, tmp_path / "b", pickle_module=_ckpt_inert)
+    torch.save({"t": found}, tmp_path / "b", pickle_module=_anemoi_ckpt.pickles.writing)
     back = torch.load(tmp_path / "b", weights_only=False)["t"]
     assert (type(back), back.unit, back.tolist()) == (Named, "K", [0, 1, 2])
 
@@ -378,6 +422,56 @@ class Net(torch.nn.Module):
         self.tied = self.layers[0]
         self.absent = None
         self.register_module("gone", None)
+
+
+class Parts(torch.nn.Module):
+    """A module with parts that are pickled in ways of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = torch.nn.Linear(2, 2)
+        self.compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        self.traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.2 pickles no compiled module")
+def test_compiled_and_traced_parts_of_a_module_give_their_weights(tmp_path: Path) -> None:
+    net = Parts()
+    torch.save(net, tmp_path / "a")
+    assert_same(dict(load(tmp_path / "a", weights)), dict(net.state_dict()))
+    whole = load(tmp_path / "a")
+    origin = net.compiled._orig_mod[0]
+    assert torch.equal(getattr(whole.compiled._orig_mod, "0").weight, origin.weight)
+    assert peek(tmp_path / "a").tensors[2].name == "compiled._orig_mod.0.weight"
+    torch.save(net.compiled, tmp_path / "b")
+    assert_same(dict(load(tmp_path / "b", weights)), dict(net.compiled.state_dict()))
+    other = Parts()
+    load_into(other, tmp_path / "a", strict=True)
+    assert_same(dict(other.state_dict()), dict(net.state_dict()))
+
+
+class Own(torch.nn.Module):
+    """Is pickled in a way that only it knows."""
+
+    def __reduce__(self) -> Any:
+        return Own, ()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates quantization
+@pytest.mark.parametrize("make", [Own, lambda: torch.ao.nn.quantized.Linear(2, 2)])
+def test_what_only_its_class_knows_is_not_left_out_in_silence(tmp_path: Path, make: Any) -> None:
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2), make()), tmp_path / "a")
+    with pytest.raises(MismatchError, match=r"a: 1 is pickled in a way that only its class knows"):
+        load(tmp_path / "a", weights)
+    with pytest.raises(MismatchError, match=r"trust=True, runs its code$"):
+        load_into(torch.nn.Linear(2, 2), tmp_path / "a")
+    odd = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    odd._modules["odd"] = 3  # type: ignore[assignment] # the case
+    torch.save(odd, tmp_path / "a")
+    with pytest.raises(
+        MismatchError, match=r"odd is pickled in a way that only its class knows: 3"
+    ):
+        load(tmp_path / "a", weights)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -503,6 +597,271 @@ def test_tensors_of_the_first_torches() -> None:
     assert (type(found), found.requires_grad) == (torch.nn.Parameter, False)
 
 
+class Raising:
+    """Its state is refused when it is read."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise LookupError(f"of an older version: {state}")
+
+
+class Careful:
+    """It looks at its values when it is read."""
+
+    def __init__(self) -> None:
+        self.weight = torch.arange(3.0)
+
+    def __setstate__(self, state: Any) -> None:
+        self.total = float(state["weight"].sum())
+
+
+class RaisingItems(dict):
+    """It refuses items."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise LookupError("no items")
+
+
+class RaisingList(list):
+    """It refuses items."""
+
+    def extend(self, items: Any) -> None:
+        raise LookupError("no items")
+
+    append = extend
+
+
+def raising(*_args: Any) -> Any:
+    raise LookupError("never")
+
+
+def raising_items() -> Any:
+    return dict.__new__(RaisingItems)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_trusted_code_raises_is_told_and_the_file_is_not_called_corrupt(
+    tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raiser = Raising()
+    raiser.x = 1  # type: ignore[attr-defined] # state, so that it is set
+    items = RaisingItems()
+    dict.__setitem__(items, "a", 1)
+    listed = RaisingList([1, 2])
+    held = {"v": raiser, "call": ReduceEx(raising, (1,)), "items": items, "list": listed}
+    for name, value in held.items():
+        torch.save({name: value, "w": torch.ones(2)}, tmp_path / "a", pickle_protocol=protocol)
+        for trust in (True, [Raising, raising, RaisingItems, RaisingList]):
+            with pytest.raises(CheckpointError, match=r"trusted code .*LookupError") as caught:
+                load(tmp_path / "a", trust=trust)
+            assert not isinstance(caught.value, CorruptError)
+            assert isinstance(caught.value.__cause__.__cause__, LookupError)  # type: ignore[union-attr] # it has one
+            assert HERE.partition(".")[0] in str(caught.value)
+        assert load(tmp_path / "a")["w"].tolist() == [1, 1]
+
+
+def test_what_trusted_classes_in_c_raise_is_told_as_well(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(archived(pickle.dumps(ReduceEx(int, ("x",)), 2)))
+    with pytest.raises(CheckpointError, match=r"code .*raised ValueError\(.*is the package"):
+        load(tmp_path / "a", trust=[int])
+
+
+def test_trusted_code_that_asks_for_values_gets_them(tmp_path: Path) -> None:
+    torch.save({"v": Careful(), "w": torch.ones(2)}, tmp_path / "a")
+    for trust in (True, [Careful]):
+        assert load(tmp_path / "a", trust=trust)["v"].total == 3
+        assert load(tmp_path / "a", lambda c: c["v"].total, trust=trust) == 3
+
+
+def test_a_trusted_class_that_is_not_installed_is_named_and_the_copy_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(tmp_path / "cache"))
+    missing = {
+        "not_here.sub.Table": InertGlobal("not_here.sub", "Table"),
+        "collections.Gone": InertGlobal("collections", "Gone"),
+    }
+    for name, each in missing.items():
+        save({"t": Inert(each, (1,)), "w": torch.ones(2)}, tmp_path / "a.ckpt")
+        package = name.partition(".")[0]
+        with pytest.raises(MissingPackageError, match=rf"{name}, which cannot.*install {package}"):
+            load(tmp_path / "a.ckpt", trust=True)
+        assert load(tmp_path / "a.ckpt")["t"].inert_class == name
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyboardInterrupt])
+def test_want_of_memory_is_not_called_corrupt(tmp_path: Path, error: Any) -> None:
+    def refuse(state: Any) -> None:
+        raise error
+
+    class_ = type("Refusing", (), {"__setstate__": lambda self, state: refuse(state)})
+    class_.__module__, class_.__qualname__ = HERE, "Refusing"
+    globals()["Refusing"] = class_
+    value = class_()
+    value.x = 1
+    torch.save({"v": value}, tmp_path / "a")
+    for trust in (True, [class_]):
+        with pytest.raises(error):
+            load(tmp_path / "a", trust=trust)
+
+
+def test_a_lie_is_corrupt_also_where_all_is_trusted(tmp_path: Path) -> None:
+    for data in (
+        b"\x80\x02]K\x01K\x02u.",
+        b"\x80\x02K\x01.."[:-2],
+        b"\x80\x02h\x07.",
+        b"\x80\x02K\x01Q.",
+    ):
+        (tmp_path / "a").write_bytes(archived(data))
+        with pytest.raises(CorruptError):
+            load(tmp_path / "a", trust=True)
+
+
+class Made:
+    """Made by a class method, and with classes within."""
+
+    class Within:
+        """Its own."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    @classmethod
+    def double(cls, value: int) -> Self:
+        return cls(2 * value)
+
+    class Kind(enum.Enum):
+        """Of two."""
+
+        ONE = 1
+
+
+def old_attribute(*names: str) -> bytes:
+    """An attribute of an attribute, as protocol 2 writes it."""
+    first, *others = names
+    made = f"c{HERE}\n{first}\n".encode()
+    for name in others:
+        made = b"c__builtin__\ngetattr\n(" + made + text(name) + b"tR"
+    return made
+
+
+def test_attributes_of_trusted_classes() -> None:
+    method = b"\x80\x02" + old_attribute("Made", "double") + b"K\x03\x85R."
+    assert read(method).inert_class == f"{HERE}.Made.double"
+    for trust in ([Made.double], [Made.double, Made]):
+        assert read(method, trust).value == 6
+    assert read(method, [Made]).inert_class == f"{HERE}.Made.double"  # which is not on the list
+    assert read(method, [Made, getattr, Made.double]).value == 6
+    member = b"\x80\x02" + old_attribute("Made", "Kind", "ONE") + b"."
+    assert read(member) == InertGlobal(HERE, "Made.Kind.ONE")
+    assert read(member, [Made]) == InertGlobal(HERE, "Made.Kind.ONE")
+    assert read(member, [Made.Kind]) is Made.Kind.ONE
+    assert read(member, [Made.Kind, getattr]) is Made.Kind.ONE
+    within = b"\x80\x02" + old_attribute("Made", "Within") + b")\x81."
+    assert type(read(within, [Made.Within])) is Made.Within
+    assert read(within, [getattr]).inert_class == f"{HERE}.Made.Within"
+    for protocol in (0, 1):
+        assert type(read(pickle.dumps(Plain(), protocol), [Plain])) is Plain
+        assert isinstance(read(pickle.dumps(Plain(), protocol), [Made]), Inert)
+
+
+def test_names_that_are_nested_without_end() -> None:
+    deep = old_attribute("Made", *["x" * 1000] * 12)
+    with pytest.raises(pickle.UnpicklingError, match="without end"):
+        read(b"\x80\x02" + deep + b".")
+    for strange in (old_attribute("Made"), b"K\x03" + text("real")):
+        data = b"\x80\x02c__builtin__\ngetattr\n(" + strange + b"tR."
+        assert read(data).inert_class == "builtins.getattr"
+
+
+class Marked(torch.Tensor):
+    """A tensor that is rebuilt by a function of its own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.as_subclass(torch.Tensor)
+        rebuild = torch._tensor._rebuild_from_type_v2
+        return rebuild, (rebuild_marked, Marked, (plain, "mark"), {"note": 1})
+
+
+def rebuild_marked(plain: torch.Tensor, mark: str) -> Any:
+    made = plain.as_subclass(Marked)
+    made.mark = mark  # type: ignore[attr-defined] # what the class has more
+    return made
+
+
+def test_a_tensor_subclass_with_a_rebuild_function_of_its_own(tmp_path: Path) -> None:
+    torch.save({"m": torch.arange(3.0).as_subclass(Marked)}, tmp_path / "a")
+    found = load(tmp_path / "a", trust=[Marked, rebuild_marked])["m"]
+    assert (type(found), found.tolist(), found.mark, found.note) == (Marked, [0, 1, 2], "mark", 1)
+    partly = load(tmp_path / "a", trust=[rebuild_marked])["m"]
+    assert partly.inert_class == "torch._tensor._rebuild_from_type_v2"
+    assert isinstance(load(tmp_path / "a")["m"], Inert)
+
+
+# ── dicts and files of a class ────────────────────────────────────────────────────────────────
+
+
+class Attributes(dict):
+    """A dict whose items are attributes, too."""
+
+
+class Wrapped(collections.UserDict):  # type: ignore[type-arg] # a base at run time, too
+    """A dict in an object."""
+
+
+class Ordered(collections.OrderedDict):  # type: ignore[type-arg] # likewise
+    """An ordered dict with a class of its own."""
+
+
+class Shadowed(dict):
+    """A dict with an attribute of the name of a method."""
+
+
+@pytest.mark.parametrize("kind", [Attributes, Wrapped, Ordered])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_dict_of_a_class_is_taken_for_a_dict(tmp_path: Path, kind: Any, protocol: int) -> None:
+    sd = nn.Linear(2, 2).state_dict()
+    for held in (kind(state_dict=sd, epoch=3, optimizer={}), {"state_dict": kind(sd), "epoch": 3}):
+        torch.save(held, tmp_path / "a.ckpt", pickle_protocol=protocol)
+        found = load(tmp_path / "a.ckpt")
+        assert isinstance(found, Mapping)
+        assert {*found["state_dict"]} == {"weight", "bias"}
+        assert {*load(tmp_path / "a.ckpt", weights)} == {"weight", "bias"}
+        assert "optimizer" not in load(tmp_path / "a.ckpt", drop_optimizer)
+        model = nn.Linear(2, 2)
+        assert load_into(model, tmp_path / "a.ckpt").missing == ()
+        assert torch.equal(model.weight, sd["weight"])
+        assert peek(tmp_path / "a.ckpt").epoch == 3
+        assert len(peek(tmp_path / "a.ckpt").tensors) == 2
+        for same in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), copy.copy(found)):
+            assert isinstance(same, Mapping)
+            assert same.keys() == found.keys()
+        save(found, tmp_path / "b.ckpt")
+        again = torch.load(tmp_path / "b.ckpt", weights_only=False)
+        assert type(again) is type(held)
+        assert type(again["state_dict"]) is type(held["state_dict"])
+
+
+def test_what_is_no_dict_is_not_taken_for_one() -> None:
+    shadowed = Shadowed(a=1)
+    shadowed.values = 3  # type: ignore[method-assign,assignment] # what a careless class does
+    found = inert(shadowed)
+    assert not isinstance(found, Mapping)
+    assert found.values == 3
+    assert not isinstance(inert(Keyword(a=3)), Mapping)
+    assert not isinstance(inert(Plain()), Mapping)
+    assert not isinstance(inert(nn.ModuleDict({"a": nn.Linear(1, 1)})), Mapping)
+
+
+def test_a_file_in_memory_comes_as_itself() -> None:
+    stream = io.BytesIO(b"abc")
+    stream.seek(2)
+    found = read(pickle.dumps(stream, 2))
+    assert (type(found), found.tell(), found.getvalue()) == (io.BytesIO, 2, b"abc")
+    for data, position in ((b"abc", 10**12), (b"abc", -1), ("abc", 0), (b"abc", "0")):
+        with pytest.raises(pickle.UnpicklingError, match="a BytesIO that lies"):
+            read(pickle.dumps(ReduceEx(io.BytesIO, (), (data, position, None)), 2))
+
+
 # ── hostile ───────────────────────────────────────────────────────────────────────────────────
 
 RAN: list[str] = []
@@ -544,7 +903,7 @@ def wide_key(opcode: bytes) -> bytes:
 
 touch = "touch it-ran"
 STATE = SetState()
-STATE.x = 1  # type: ignore[attr-defined]
+STATE.x = 1  # type: ignore[attr-defined] # an attribute that the class does not declare is the case
 MUCH = b"\x8a\x05\0\0\0\0\x7f"  # half a trillion
 HOSTILE: dict[str, bytes] = {
     "os.system": pickle.dumps(ReduceEx(os.system, (touch,)), 2),
@@ -687,6 +1046,61 @@ def test_nothing_of_a_hostile_pickle_runs(
     assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
     assert RAN == []
     assert before == (dict(os.environ), dir(torch.Tensor), dir(collections.OrderedDict))
+
+
+def objects_in_each_other(kind: str, count: int) -> bytes:
+    """A hundred thousand of these, freed at once, overflow the stack of C."""
+    array = pickle.dumps(np.empty(1, object), 2)[2:-1]
+    empty = array[: array.index(b"(K\x01K\x01")]  # without its state
+    dtype = pickle.dumps(np.dtype("O"), 2)[2:-1]
+    begin, end = {
+        "deque": (b"ccollections\ndeque\n)R", b"a"),
+        "defaultdict": (b"ccollections\ndefaultdict\n)RK\x01", b"s"),
+        "namespace": (b"ctypes\nSimpleNamespace\n)R}" + text("a"), b"sb"),
+        "array": (empty + b"(K\x01K\x01\x85" + dtype + b"\x89]", b"atb"),
+        "a list and a deque": (b"]ccollections\ndeque\n)R", b"aa"),
+        "an object and a deque": (b"cx\ny\n)R}" + text("a") + b"ccollections\ndeque\n)R", b"asb"),
+    }[kind]
+    return b"\x80\x02" + begin * count + b"N" + end * count + b"."
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["deque", "defaultdict", "namespace", "array", "a list and a deque", "an object and a deque"],
+)
+def test_what_would_overflow_the_stack_when_it_is_freed_is_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    assert read(objects_in_each_other(kind, 900)) is not None
+    for count in (1100, 3000):
+        data = objects_in_each_other(kind, count)
+        with pytest.raises(pickle.UnpicklingError, match="nested without end"):
+            read(data)
+        with pytest.raises((EOFError, IndexError)):
+            read(data[:-1])
+    (tmp_path / "a.ckpt").write_bytes(archived(objects_in_each_other(kind, 1100)))
+    for opening in (load, peek):
+        with pytest.raises(CorruptError, match="nested without end"):
+            opening(tmp_path / "a.ckpt")
+
+
+def test_many_objects_beside_each_other_are_no_nest() -> None:
+    inner = collections.deque([collections.deque()])
+    held = [inner, *(collections.deque([inner, 1]) for _ in range(1200))]
+    ring: Any = collections.defaultdict(list)
+    ring[1] = ring
+    assert len(read(pickle.dumps([held, ring], 2))[0]) == 1201
+    rings = [collections.deque() for _ in range(1200)]
+    for one, other in zip(rings, rings[1:] + rings[:1], strict=True):
+        one.append(other)
+    opcodes = b"\x80\x02(" + b"".join(
+        b"ccollections\ndeque\n)Rr" + place.to_bytes(4, "little") for place in range(1200)
+    )
+    for place in range(1200):  # the outer ones are filled first
+        begin, then = place.to_bytes(4, "little"), ((place + 1) % 1200).to_bytes(4, "little")
+        opcodes += b"j" + begin + b"j" + then + b"a0"
+    with pytest.raises(pickle.UnpicklingError, match="nested without end"):
+        read(opcodes + b"t.")
 
 
 @pytest.mark.parametrize("name", ["os.system", "posix.system", "sys.modules"])

@@ -18,10 +18,12 @@ import requests
 import torch
 from torch import nn
 
-import _ckpt_download
-import _ckpt_sources
+import _anemoi_ckpt.cache
+import _anemoi_ckpt.downloading
+import _anemoi_ckpt.progress
+import _anemoi_ckpt.transport
 import servers
-from _ckpt_errors import redact
+from _anemoi_ckpt.errors import redact
 from anemoi_ckpt import (
     CheckpointError,
     InvalidURIError,
@@ -39,7 +41,7 @@ from servers import Fault
 
 SECRET = "hunter2+Zm/9q=="  # with what is written otherwise in a URL
 QUOTED = "hunter2%2BZm%2F9q%3D%3D"
-KEY = re.search("AccountKey=(.*?);", servers.azurite_connection_string(""))[1]  # type: ignore[index]
+KEY = re.search("AccountKey=(.*?);", servers.azurite_connection_string(""))[1]  # type: ignore[index] # the key is in the emulator's connection string
 SHOWN = re.compile(
     "|".join(
         re.escape(secret.strip("="))
@@ -182,7 +184,7 @@ def ways(uri: str, folder: Path, params: Any) -> Iterator[Callable[[], Any]]:
     yield lambda: download(uri, folder / "a.ckpt", sha256="00" * 32, resume=False, **options)
     if params is None:
         for command in (["peek", uri], ["metadata", uri], ["copy", uri, str(folder / "b.ckpt")]):
-            yield lambda command=command: main(command)  # type: ignore[misc]
+            yield lambda command=command: main(command)  # type: ignore[misc] # mypy cannot infer a lambda with a default
     yield lambda: main(["cache"])
 
 
@@ -212,7 +214,6 @@ CELLS = [
 ]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("secret", "wrong"), CELLS)
 def test_a_secret_is_shown_nowhere(  # noqa: PLR0913, PLR0917 - fixtures
     secret: str,
@@ -223,7 +224,7 @@ def test_a_secret_is_shown_nowhere(  # noqa: PLR0913, PLR0917 - fixtures
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     case = CASES[secret]
-    monkeypatch.setattr(_ckpt_sources, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
     store = request.getfixturevalue(case.kind if case.kind != "http" else "http_store")
     store.server.reset()
     store.write("secrets/a.ckpt", DATA)
@@ -243,8 +244,8 @@ def test_a_secret_is_shown_nowhere(  # noqa: PLR0913, PLR0917 - fixtures
         store.server.reset()
     with suppress(InvalidURIError):
         shown.append(repr(parse_uri(uri)))
-        transport = _ckpt_sources.Transport(case.params)
-        shown.append(repr(_ckpt_download.Transfer(parse_uri(uri), transport, None)))
+        transport = _anemoi_ckpt.transport.Transport(case.params)
+        shown.append(repr(_anemoi_ckpt.downloading.Transfer(parse_uri(uri), transport, None)))
     shown.append(caplog.text)
     for path in tmp_path.rglob("*"):  # the cache, too
         shown.append(str(path))
@@ -256,7 +257,7 @@ def test_a_secret_is_shown_nowhere(  # noqa: PLR0913, PLR0917 - fixtures
         assert found is None, text[max(0, found.start() - 300) :][:400]
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)  # milliseconds, or, squared in its length, many minutes
 @pytest.mark.parametrize(
     "part", ["key", "key.", "a.", "a://", "a://b:c", "http://a:b", "sig-", ":"]
 )
@@ -273,7 +274,7 @@ def other() -> Iterator[servers.HTTPServer]:
     server = servers.HTTPServer()
     server.start()
     yield server
-    server.stop()
+    server.close()
 
 
 @pytest.mark.parametrize("ranged", [True, False])

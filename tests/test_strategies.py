@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import needs
 import servers
 import strategies
-from anemoi_ckpt import load
+from anemoi_ckpt import load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpoint, quiet_trainer
 from strategies import (
     Strategy,
@@ -55,9 +56,7 @@ from strategies import (
     weights_only,
 )
 
-few = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few = settings(max_examples=25)
 
 # ── checkpoints to put through them ───────────────────────────────────────────────────────────
 
@@ -65,7 +64,8 @@ DTYPES = [
     torch.float32,
     torch.float64,
     torch.bfloat16,
-    torch.float8_e4m3fn,
+    # torch 2.2 cannot index it
+    torch.float8_e4m3fn if torch.__version__ >= (2, 3) else torch.float16,
     torch.complex64,
     torch.int64,
     torch.bool,
@@ -377,7 +377,7 @@ def test_what_requires_a_gradient_still_does_where_it_can() -> None:
     needs = torch.ones(2, requires_grad=True)
     assert cast(torch.float64)({"a": needs})["a"].requires_grad
     assert cast(torch.float64)({"a": needs})["a"].is_leaf
-    whole = cast(torch.int64)({"a": nn.Parameter(torch.ones(2))})["a"]
+    whole = cast(torch.int64, lossy=True)({"a": nn.Parameter(torch.ones(2))})["a"]
     assert isinstance(whole, nn.Parameter)
     assert not whole.requires_grad
 
@@ -425,8 +425,8 @@ def test_compose_goes_from_right_to_left_and_pipe_from_left_to_right() -> None:
 
 
 def test_compose_takes_functions() -> None:
-    with pytest.raises(TypeError, match="compose takes functions, not 'weights'"):
-        compose("weights")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="compose takes functions: 'weights' is text"):
+        compose("weights")  # type: ignore[arg-type] # a wrong argument is the case
 
 
 def test_compose_hands_load_its_strategies(tmp_path: Path) -> None:
@@ -436,8 +436,8 @@ def test_compose_hands_load_its_strategies(tmp_path: Path) -> None:
 
 
 def test_on_weights_takes_a_function() -> None:
-    with pytest.raises(TypeError, match="on_weights takes a function of a state dict, not 3"):
-        on_weights(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="on_weights takes functions: 3 is not a function"):
+        on_weights(3)  # type: ignore[arg-type] # a wrong argument is the case
 
 
 def test_on_weights_copies_only_the_dicts_on_the_way() -> None:
@@ -492,8 +492,8 @@ def test_a_bare_state_dict_keeps_its_buffers_named_like_an_optimizer() -> None:
 
 def test_a_checkpoint_that_is_no_dict_is_a_type_error() -> None:
     for strategy in (drop_optimizer, drop("epoch"), prefer_ema, reset_progress, keep_progress):
-        with pytest.raises(TypeError, match="a checkpoint is a dict here, not Linear"):
-            strategy(nn.Linear(1, 1))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="takes a checkpoint that is a dict, not Linear"):
+            strategy(nn.Linear(1, 1))  # type: ignore[arg-type] # a wrong argument is the case
 
 
 def test_any_mapping_will_do() -> None:
@@ -504,7 +504,7 @@ def test_any_mapping_will_do() -> None:
 def test_drop_takes_keys_that_are_there() -> None:
     assert drop("a", "b")({"a": 1, "b": 2, "c": 3}) == {"c": 3}
     assert drop("z", missing_ok=True)({"c": 3}) == {"c": 3}
-    with pytest.raises(ValueError, match="no y, z to drop; there are: c, d"):
+    with pytest.raises(ValueError, match="cannot drop y, z; its keys are: c, d"):
         drop("y", "z")({"c": 3, "d": 4})
 
 
@@ -538,6 +538,22 @@ def test_long_lists_are_cut() -> None:
     state_dict = {f"layer{place}": torch.ones(1) for place in range(50)}
     with pytest.raises(ValueError, match=r"layer0, .*, layer19, \.\.\. and 30 more$"):
         include("zzz")(state_dict)
+
+
+def test_keys_that_are_no_text_are_chosen_by_no_glob_and_keep_their_names() -> None:
+    one, other, named = torch.ones(1), torch.ones(2), torch.ones(3)
+    held = {0: one, ("a", 1): other, "m.w": named}
+    assert include("m")(held) == {"m.w": named}
+    assert exclude("m")(held) == {0: one, ("a", 1): other}
+    assert strip_prefix("m.")(held) == {0: one, ("a", 1): other, "w": named}
+    assert add_prefix("m.")(held) == {0: one, ("a", 1): other, "m.m.w": named}
+    assert rename("w", "v")(held) == {0: one, ("a", 1): other, "m.v": named}
+    with pytest.raises(ValueError, match="chooses nothing"):
+        include("0")(held)
+    model = nn.Linear(2, 2)
+    report = load_into(model, {"state_dict": {**model.state_dict(), **held}})
+    assert report.unexpected == (0, ("a", 1), "m.w")
+    assert "('a', 1)" in str(report)
 
 
 @pytest.mark.parametrize("factory", [include, exclude, drop])
@@ -582,7 +598,7 @@ def test_no_averaged_weights_is_an_error() -> None:
         ValueError, match=r"no averaged weights under .* are: state_dict, ema, call"
     ):
         prefer_ema(checkpoint)
-    with pytest.raises(ValueError, match="not among the weights: b; these are: a"):
+    with pytest.raises(ValueError, match="not among the weights: b; the weights are: a"):
         prefer_ema(checkpoint | {"ema": {"b": torch.ones(1)}})
 
 
@@ -609,7 +625,7 @@ def test_lightnings_weight_averaging_needs_only_its_own_copy_dropped(tmp_path: P
         samples = torch.utils.data.TensorDataset(torch.ones(4, 2))
         net = Net()
         # saved before training ends, when the average takes the place of the weights
-        net.on_train_epoch_end = lambda: trainer.save_checkpoint(tmp_path / "a.ckpt")  # type: ignore[method-assign]
+        net.on_train_epoch_end = lambda: trainer.save_checkpoint(tmp_path / "a.ckpt")  # type: ignore[method-assign] # a hook of this one module
         trainer.fit(net, torch.utils.data.DataLoader(samples, batch_size=2))
     checkpoint = load(tmp_path / "a.ckpt")
     assert {"current_model_state", "averaging_state"} <= checkpoint.keys()
@@ -640,10 +656,11 @@ def test_require_match_tells_all_at_once() -> None:
     with pytest.raises(ValueError, match="do not match") as caught:
         require_match(model)(checkpoint)
     assert str(caught.value) == (
-        "the weights do not match the model\n"
+        "the checkpoint: the weights do not match the model\n"
         "  missing, in the model only (2): b, c\n"
         "  unexpected, not in the model (1): d\n"
-        "  mismatched (2): a is (2, 4), the model's is (2, 3), e is (), the model's is no tensor"
+        "  mismatched (2): a is (2, 4), the model's is (2, 3), e is (), the model's is not a tensor"
+        "\n  filter_shapes leaves out what differs, pad_or_slice resizes it"
     )
     with pytest.raises(ValueError, match=r"model\n  mismatched \(2\): a is"):
         require_match(model, missing=False, unexpected=False)(checkpoint)
@@ -702,10 +719,10 @@ def test_tied_here_and_not_in_the_model_is_filled_twice() -> None:
 def test_pad_or_slice_fills_a_hollow_model_with_zeros_only() -> None:
     model = nn.Linear(2, 1, device="meta")
     assert pad_or_slice(model, fill="zeros")({"bias": torch.ones(2)})["bias"].tolist() == [1]
-    with pytest.raises(ValueError, match="cannot fill from a hollow model; fill='zeros' can"):
+    with pytest.raises(ValueError, match="from a model on the meta device; use fill='zeros'"):
         pad_or_slice(model)
     with pytest.raises(ValueError, match="fills from 'model' or with 'zeros', not 'noise'"):
-        pad_or_slice(model, fill="noise")  # type: ignore[arg-type]
+        pad_or_slice(model, fill="noise")  # type: ignore[arg-type] # a wrong argument is the case
 
 
 @pytest.mark.parametrize(
@@ -742,13 +759,15 @@ def test_take_is_undone_by_the_order_back(order: list[int], dim: int) -> None:
 
 def test_take_names_what_has_no_such_place() -> None:
     held = {"encoder": torch.ones(2, 3), "scalar": torch.ones(())}
-    with pytest.raises(ValueError, match=r"cannot take 3, -4 along dim 1 of encoder: .* \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot take 3, -4 along dim 1 of encoder; its shape is \(2, 3\)"
+    ):
         take("encoder", 1, [0, 3, -4])(held)
-    with pytest.raises(ValueError, match=r"cannot take 0 along dim 2 of encoder"):
+    with pytest.raises(ValueError, match=r"cannot take along dim 2 of encoder; .* \(2, 3\)"):
         take("encoder", 2, [0])(held)
-    with pytest.raises(ValueError, match=r"cannot take none along dim 0 of scalar: .* \(\)"):
+    with pytest.raises(ValueError, match=r"cannot take along dim 0 of scalar; .* \(\)"):
         take("scalar", 0, [])(held)
-    with pytest.raises(ValueError, match=r"cannot take none along dim -3 of encoder"):
+    with pytest.raises(ValueError, match=r"cannot take along dim -3 of encoder"):
         take("encoder", -3, [])(held)
     with pytest.raises(ValueError, match="'decoder' chooses nothing"):
         take("decoder", 0, [0])(held)
@@ -799,7 +818,7 @@ def test_rename_as_re_sub() -> None:
 
 def test_a_clash_names_both() -> None:
     held = {"a.x": torch.ones(1), "x": torch.ones(1), "b.x": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"names clash: a\.x and x both become x$"):
+    with pytest.raises(ValueError, match=r"names clash: a\.x and x both become x;"):
         strip_prefix("a.")(held)
     with pytest.raises(ValueError, match=r"a\.x and x both become x, x and b\.x both become x"):
         rename(r"^\w\.", "")(held)
@@ -819,9 +838,9 @@ def test_rename_is_checked_at_once() -> None:
         with pytest.raises(ValueError, match="rename cannot replace"):
             rename(pattern, replacement)
     with pytest.raises(TypeError, match="rename takes text, not 3"):
-        rename(3, "")  # type: ignore[arg-type]
+        rename(3, "")  # type: ignore[arg-type] # a wrong argument is the case
     with pytest.raises(TypeError, match="text or a function to replace by, not 3"):
-        rename("a", 3)  # type: ignore[arg-type]
+        rename("a", 3)  # type: ignore[arg-type] # a wrong argument is the case
 
 
 # ── change values ─────────────────────────────────────────────────────────────────────────────
@@ -848,9 +867,9 @@ def test_cast_takes_globs() -> None:
 
 def test_cast_is_checked_at_once() -> None:
     with pytest.raises(TypeError, match=r"cast takes a torch.dtype, not 'bfloat16'"):
-        cast("bfloat16")  # type: ignore[arg-type]
+        cast("bfloat16")  # type: ignore[arg-type] # a wrong argument is the case
     with pytest.raises(TypeError, match="cast takes text, not 3"):
-        cast(torch.float16, 3)  # type: ignore[arg-type]
+        cast(torch.float16, 3)  # type: ignore[arg-type] # a wrong argument is the case
 
 
 def test_average_is_the_mean() -> None:
@@ -904,7 +923,7 @@ def test_merge_reports_clashes_and_lets_the_last_win() -> None:
     assert told[0].filename == __file__
     assert merge(two, clash="last")(one)["a"].item() == 0
     assert merge(two, clash="first")(one)["a"].item() == 1
-    with pytest.raises(ValueError, match=r"names clash in merging \(1\): a$"):
+    with pytest.raises(ValueError, match=r"names clash in merging \(1\): a;"):
         merge(two, clash="error")(one)
     assert merge(one)(one) == one  # the very same tensors are no clash
 
@@ -919,7 +938,7 @@ def test_merge_is_checked_at_once() -> None:
     with pytest.raises(ValueError, match="at least one other checkpoint"):
         merge()
     with pytest.raises(ValueError, match="clash='warn', 'last', 'first' or 'error', not 'both'"):
-        merge({"a": torch.ones(1)}, clash="both")  # type: ignore[arg-type]
+        merge({"a": torch.ones(1)}, clash="both")  # type: ignore[arg-type] # a wrong argument is the case
 
 
 # ── progress ──────────────────────────────────────────────────────────────────────────────────
@@ -936,9 +955,9 @@ def test_reset_progress_of_a_real_checkpoint(tmp_path: Path) -> None:
 
 
 def test_keep_progress_needs_progress() -> None:
-    with pytest.raises(ValueError, match="no epoch or step, no optimizer state; there are: a"):
+    with pytest.raises(ValueError, match="no epoch or step, no optimizer; its keys are: a"):
         keep_progress({"a": torch.ones(1)})
-    with pytest.raises(ValueError, match="no optimizer state; there are: model, step"):
+    with pytest.raises(ValueError, match="no optimizer; its keys are: model, step"):
         keep_progress({"model": {"a": torch.ones(1)}, "step": 3})
 
 
@@ -968,12 +987,16 @@ def test_variables_by_dataset(collection: Any) -> None:
     [{}, [], {"hyper_parameters": None}, indexed(None), indexed({}), indexed({"data": 3})],
 )
 def test_no_variables_is_an_error(checkpoint: Any) -> None:
-    with pytest.raises(ValueError, match=r"no variables: no hyper_parameters\['data_indices'\]"):
+    with pytest.raises(
+        ValueError, match=r"no variables: neither hyper_parameters\['data_indices'\]"
+    ):
         variables(checkpoint)
 
 
 def test_variables_of_a_real_index_collection() -> None:
-    collection = pytest.importorskip("anemoi.models.data_indices.collection")
+    collection = needs.package(
+        "anemoi.models.data_indices.collection", "pip install -e '.[anemoi]'"
+    )
     from omegaconf import OmegaConf
 
     config = OmegaConf.create({"forcing": ["z"], "diagnostic": [], "target": []})
@@ -990,7 +1013,7 @@ def test_require_variables_says_which() -> None:
     with pytest.raises(ValueError, match="not those wanted") as caught:
         require_variables({"era5": {"2t": 0, "tp": 1, "sst": 2}, "cerra": {"2t": 0}})(checkpoint)
     assert str(caught.value) == (
-        "the checkpoint's variables are not those wanted\n"
+        "the checkpoint: its variables are not those wanted\n"
         "  era5: added sst; removed msl; moved tp from 2 to 1\n"
         "  cerra: added 2t\n"
         "  align_variables puts the weights into their order"
@@ -1002,7 +1025,7 @@ def test_require_variables_says_which() -> None:
 def test_require_variables_of_a_model() -> None:
     checkpoint = indexed({"name_to_index": {"2t": 0}})
     interface, module = nn.Module(), nn.Module()
-    interface.data_indices = {"data": SimpleNamespace(name_to_index={"2t": 0})}  # type: ignore[assignment]
+    interface.data_indices = {"data": SimpleNamespace(name_to_index={"2t": 0})}  # type: ignore[assignment] # nn.Module declares its attributes as tensors or modules
     module.model = interface
     parallel = nn.DataParallel(module)
     for model in (interface, module, parallel, interface.data_indices["data"]):
@@ -1057,9 +1080,9 @@ def test_refresh_processors_has_the_models_entries_and_no_others() -> None:
 def test_refresh_processors_is_checked_at_once() -> None:
     with pytest.raises(ValueError, match="needs tendencies=True or states=True"):
         refresh_processors(processors(1), tendencies=False)
-    with pytest.raises(ValueError, match=r"no pre_processors .* in the model: weight, bias"):
+    with pytest.raises(ValueError, match=r"no pre_processors .*; it has: weight, bias"):
         refresh_processors(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="no values to take from a hollow model"):
+    with pytest.raises(ValueError, match="cannot take values from a model on the meta device"):
         refresh_processors(hollow(processors(1)))
 
 
@@ -1084,12 +1107,12 @@ def test_recipes_refuse_what_they_say() -> None:
     for strategy in (standard(model), warm_start(model)):
         with pytest.raises(ValueError, match=r"missing, in the model only \(1\): c\n.*b is \(3,\)"):
             strategy(checkpoint)
-    with pytest.raises(ValueError, match=r"model\n  mismatched \(1\): b is \(3,\), .* \(4,\)$"):
+    with pytest.raises(ValueError, match=r"model\n  mismatched \(1\): b is \(3,\), .* \(4,\)\n"):
         transfer_learning(model, skip_mismatched=False)(checkpoint)
     only_names = {"a": torch.zeros(2), "c": torch.zeros(1)}
     made = transfer_learning(only_names, skip_mismatched=False)(checkpoint)
     assert list(made["state_dict"]) == ["a"]
-    with pytest.raises(ValueError, match="no progress to keep"):
+    with pytest.raises(ValueError, match="cannot go on from it: no optimizer"):
         warm_start(checkpoint["state_dict"])(cold_start(checkpoint))
 
 

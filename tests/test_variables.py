@@ -163,7 +163,9 @@ def test_no_model_is_needed_for_zeros() -> None:
     align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")
     assert_same(align({"weight": torch.tensor([1.0, 2.0])}), {"weight": torch.tensor([2.0, 0, 1])})
     bare = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout)
-    with pytest.raises(ValueError, match=r"weight takes .* none is given that has it.*new='zeros'"):
+    with pytest.raises(
+        ValueError, match=r"weight takes .* no model that has it was passed.*new='zeros'"
+    ):
         bare({"weight": torch.tensor([1.0, 2.0])})
 
 
@@ -171,7 +173,7 @@ def test_a_hollow_model_gives_no_slices(path: Path) -> None:
     with torch.device("meta"):
         new = Net(NEW)
     align = align_variables(layout={"decoder.*": {0: ["output"]}}, model=new)
-    with pytest.raises(ValueError, match=r"decoder\.\w+ takes .* that is hollow"):
+    with pytest.raises(ValueError, match=r"decoder\.\w+ takes .* the model's is on meta"):
         load(path, align)
     zeros = align_variables(layout={"decoder.*": {0: ["output"]}}, model=new, new="zeros")
     assert load(path, zeros, weights)["decoder.bias"][1] == 0
@@ -231,6 +233,8 @@ def test_dtype_and_ties_are_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64])
 def test_any_dtype(dtype: torch.dtype) -> None:
     given = torch.tensor([0, 1, 2]).to(dtype)
+    if torch.__version__ < (2, 3) and "float8" in str(dtype):
+        pytest.skip("torch 2.2 selects no elements of eight bits")
     layout = {"a": {0: ["all"]}}
     align = align_variables({"t": 0, "z": 1, "u": 2}, {"u": 0, "t": 1, "q": 2}, layout, new="zeros")
     assert_same(align({"a": given})["a"], torch.tensor([2, 0, 0]).to(dtype))
@@ -413,7 +417,7 @@ def test_fused_is_as_one_after_the_other(path: Path) -> None:
         assert variables(made) == variables(expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(order=st.permutations([*OLD]))
 def test_there_and_back_is_where_it_was(order: list[str]) -> None:
     old, middle = Net(OLD), Net({name: place for place, name in enumerate(order)})
@@ -434,20 +438,22 @@ def test_a_size_that_the_layout_does_not_explain_shows_the_sum(path: Path) -> No
     layout = {"encoder.weight": {1: ["input", 5]}, "skip": {0: ["output"], 1: ["input"]}}
     with pytest.raises(ValueError, match=r"exclude") as caught:
         load(path, align_variables(target=new, layout=layout))
-    assert "encoder.weight has 7 along axis 1, its layout input 3 + 5 = 8" in str(caught.value)
-    assert str(path) in "".join(caught.value.__notes__)
+    assert "encoder.weight has 7 along axis 1, but its layout has input 3 + 5 = 8" in str(
+        caught.value
+    )
+    assert str(caught.value).startswith(str(path))
     with pytest.raises(
-        ValueError, match=r"has 11 along axis 1, its layout input 5 \+ 5 = 10 in the model"
+        ValueError, match=r"has 11 along axis 1, but its layout has input 5 \+ 5 = 10 in the model"
     ):
         load(path, align_variables(layout=layout, model=new))
     align = align_variables({"t": 0}, {"z": 0}, {"a": {0: ["all"]}}, model={"a": torch.tensor(1.0)})
     with pytest.raises(ValueError, match=r"a has no axis 0: its shape is \(\)"):
         align({"a": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match=r"skip has 2 axes, and its layout one of them twice"):
+    with pytest.raises(ValueError, match=r"skip has 2 axes, but its layout has one of them twice"):
         load(path, align_variables(target=new, layout={"skip": {1: ["all"], -1: ["all"]}}))
     with pytest.raises(ValueError, match=r"skip has no axis 2: its shape is \(3, 3\)"):
         load(path, align_variables(target=new, layout={"skip": {2: [["z"], "all"]}}))
-    with pytest.raises(ValueError, match=r"its layout \(z, tp\) 2 \+ 1 = 3"):
+    with pytest.raises(ValueError, match=r"its layout has \(z, tp\) 2 \+ 1 = 3"):
         load(path, align_variables(target=new, layout={"encoder.weight": {1: [["z", "tp"], 1]}}))
 
 
@@ -464,21 +470,33 @@ def test_a_size_that_the_layout_does_not_explain_shows_the_sum(path: Path) -> No
         (
             {"target": NEW, "layout": {"a": {1: "input"}}},
             ValueError,
-            "no layout: 'a': {1: 'input'}",
+            "not a layout: 'a': {1: 'input'}",
         ),
-        ({"target": NEW, "layout": {"a": {1: ["inputs"]}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {"a": {1: [-1]}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {"a": {1: 5}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {3: {1: [5]}}}, ValueError, "no layout: 3"),
-        ({"target": NEW, "layout": {"a": {1: [1.5]}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {"a": {1: [1], "b": 2}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {"a": {1: [1], "new": "ones"}}}, ValueError, "no layout"),
-        ({"target": NEW, "layout": {"a": "zeros", "b": {1: [1]}}}, ValueError, "no layout: 'a'"),
-        ({"target": NEW, "layout": LAYOUT | {"forcing": [3]}}, ValueError, "no layout: 'forcing'"),
-        ({"target": NEW, "layout": {"x": LAYOUT}}, ValueError, "a layout for x, and there are"),
+        ({"target": NEW, "layout": {"a": {1: ["inputs"]}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {"a": {1: [-1]}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {"a": {1: 5}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {3: {1: [5]}}}, ValueError, "not a layout: 3"),
+        ({"target": NEW, "layout": {"a": {1: [1.5]}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {"a": {1: [1], "b": 2}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {"a": {1: [1], "new": "ones"}}}, ValueError, "not a layout"),
+        ({"target": NEW, "layout": {"a": "zeros", "b": {1: [1]}}}, ValueError, "not a layout: 'a'"),
+        (
+            {"target": NEW, "layout": LAYOUT | {"forcing": [3]}},
+            ValueError,
+            "not a layout: 'forcing'",
+        ),
+        (
+            {"target": NEW, "layout": {"x": LAYOUT}},
+            ValueError,
+            "is for the dataset x, but the variables are of data",
+        ),
         ({"target": {"a": NEW, "b": NEW}, "layout": LAYOUT}, ValueError, "is by dataset: a, b"),
         ({"target": NEW, "layout": LAYOUT, "new": "ones"}, ValueError, "new is 'model', 'zeros'"),
-        ({"target": NEW, "layout": LAYOUT, "new": {"w": "t"}}, ValueError, "which w is not"),
+        (
+            {"target": NEW, "layout": LAYOUT, "new": {"w": "t"}},
+            ValueError,
+            "not among the wanted ones: w",
+        ),
         ({"target": NEW, "layout": LAYOUT, "new": {"q": ["t"]}}, ValueError, "name of a variable"),
         ({"model": Net(NEW).state_dict(), "layout": LAYOUT}, TypeError, "variables by name"),
         (
@@ -534,16 +552,16 @@ def align_from(source: Any, model: nn.Module) -> Any:
 
 
 def test_variables_that_are_not_there_or_others(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no variables.*or give source"):
+    with pytest.raises(ValueError, match=r"no variables.*; pass source to say what they are"):
         load(path, weights, align_variables(layout=LAYOUT, model=Net(NEW)))
-    with pytest.raises(ValueError, match=r"not those given as source: added tp; removed q"):
+    with pytest.raises(ValueError, match=r"not those passed as source: added tp; removed q"):
         load(
             path, align_variables({"t": 0, "z": 1, "cos": 2, "q": 3}, layout=LAYOUT, model=Net(NEW))
         )
     two = {"a": {"t": 0}, "b": {"z": 0}}
     other = {"c": {"t": 0}, "d": {"z": 0}}
     layout = {"a": LAYOUT}
-    with pytest.raises(ValueError, match=r"no dataset in common: c, d, and wanted a, b"):
+    with pytest.raises(ValueError, match=r"wanted ones, a, b; its own are: c, d"):
         load(path, align_variables(other, two, layout))
 
 
@@ -607,7 +625,7 @@ def test_names_are_the_models_when_it_is_aligned(path: Path) -> None:
     """Else they are not in it yet, and nothing can be taken from it."""
     outer = nn.ModuleDict({"net": Net(NEW)})
     align = align_variables(layout=LAYOUT, model=outer)
-    with pytest.raises(ValueError, match=r"takes slices .* none is given that has it"):
+    with pytest.raises(ValueError, match=r"takes slices .* no model that has it was passed"):
         load_into(outer, path, align, add_prefix("net."))
     moved = nn.ModuleDict({"net": Net(MOVED)})
     layout = {glob: each for glob, each in LAYOUT.items() if glob != "positions"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import servers
 from anemoi_ckpt import (
@@ -178,3 +179,67 @@ def test_a_client_of_ones_own(s3_store: Any, tmp_path: Path) -> None:
     params = {"client": s3_store.sdk}
     save({"w": torch.ones(2)}, uri, transport_params=params)
     assert load(uri, transport_params=params)["w"].tolist() == [1, 1]
+
+
+# ── views ─────────────────────────────────────────────────────────────────────────────────────
+
+BIG = torch.arange(1_000_000, dtype=torch.float32).view(1000, 1000)
+
+
+class Holder:
+    """Holds a tensor in a way of its own."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+VIEWS: dict[str, torch.Tensor] = {
+    "rows": BIG[10:12],
+    "a row, transposed": BIG[3:5].T,
+    "a column": BIG[:, 7],
+    "expanded": BIG[0, :3].expand(500, 3),
+    "nothing": BIG[:0],
+    "a parameter": nn.Parameter(BIG[1:3]),
+    "a frozen parameter": nn.Parameter(BIG[1:3], requires_grad=False),
+    "wants a gradient": BIG[1:3].detach().requires_grad_(),
+    "a scalar": BIG[5, 5],
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path, kind: str) -> None:
+    view = VIEWS[kind]
+    held = {"a": view, "b": [view.detach()] if kind != "nothing" else [], "c": torch.ones(2)}
+    found = load(save(held, tmp_path / "a.ckpt"))
+    assert torch.equal(found["a"], view)
+    assert type(found["a"]) is type(view)
+    assert found["a"].requires_grad is view.requires_grad
+    assert (tmp_path / "a.ckpt").stat().st_size < 20_000
+    if kind != "a column":
+        assert found["a"].stride() == view.stride()
+    if kind != "nothing":  # the same view twice shares memory again
+        assert found["b"][0].data_ptr() == found["a"].data_ptr()
+    assert torch.equal(torch.load(tmp_path / "a.ckpt")["a"], view)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [BIG, BIG[12:13], Holder(BIG[12:13]), nn.Parameter(BIG.view(-1)[:5])],
+    ids=["all", "others", "in an object", "a parameter"],
+)
+def test_views_that_share_a_storage_share_it_again(tmp_path: Path, other: Any) -> None:
+    save({"a": BIG[10:12], "b": other}, tmp_path / "a.ckpt")
+    found = torch.load(tmp_path / "a.ckpt", weights_only=False)
+    second = found["b"].tensor if isinstance(other, Holder) else found["b"]
+    found["a"].untyped_storage().fill_(0)
+    assert not second.any()
+
+
+def test_what_is_more_than_a_view_is_written_as_it_is(tmp_path: Path) -> None:
+    marked = BIG[:2].detach()
+    marked.mine = 3  # type: ignore[attr-defined] # the case
+    found = load(save({"a": marked, "b": torch.ones(4)}, tmp_path / "a.ckpt"))
+    assert found["a"].mine == 3
+    assert (tmp_path / "a.ckpt").stat().st_size > 4_000_000
+    turned = torch.view_as_complex(BIG[:2].view(2, 500, 2)).conj()
+    assert torch.equal(load(save([turned], tmp_path / "a.ckpt"))[0], turned)

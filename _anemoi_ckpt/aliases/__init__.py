@@ -1,0 +1,1 @@
+"""Names of `anemoi_ckpt` that are looked up when they are first imported."""

@@ -1,0 +1,275 @@
+"""Records become storages: coalesced ranges, in parallel, each record checked.
+
+fetch · ranks · spans
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from attrs import evolve
+
+from _anemoi_ckpt.blocks import whole
+from _anemoi_ckpt.formats import Record, check, crc_matches
+from _anemoi_ckpt.formats.torch_zip import data_start
+from _anemoi_ckpt.parallel import in_parallel, part_bytes
+from _anemoi_ckpt.places import Notify, UnrangedError
+from _anemoi_ckpt.places.interrupts import Stop
+from _anemoi_ckpt.progress import Progress, shown
+from _anemoi_ckpt.ranks import Ranks
+from _anemoi_ckpt.transport import PART_BYTES, Source
+
+GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
+WAVE_BYTES = 64 * 1024**2  # of each rank: one wave is sent to the others while the next is read
+LEAST_BYTES = 1024**2  # of a request by one of several ranks, so that small checkpoints are shared
+
+_Pieces = list[tuple[memoryview, str]]  # memory to fill, and the key of its record ("": a gap)
+_Part = tuple[int, _Pieces]  # what one request brings: from this byte of the object on
+
+
+# ── fetch ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetched(
+    source: Source,
+    records: Mapping[str, Record],
+    progress: Progress = False,
+    ranks: Ranks | None = None,
+) -> dict[str, torch.UntypedStorage]:
+    """Read records into fresh storages, each byte once: in this process, or in all ranks together.
+
+    Args:
+        source: where they are.
+        records: by key.
+        progress: as for `load`.
+        ranks: each reads a share, and sends it to the others.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not what was written.
+    """
+    storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
+    views = {key: memory(storage) for key, storage in storages.items() if storage.nbytes()}
+    total = sum(record.size for record in records.values())
+    if ranks is not None and ranks.rank and not callable(progress):
+        progress = False  # one bar for all
+    with shown(source.uri, total, progress) as notify:
+        if ranks is not None:
+            _fetch_shared(source, records, views, ranks, notify)
+            return storages
+        try:
+            _fetch_alone(source, records, views, total, notify)
+        except UnrangedError:
+            _fetch_alone(_whole(source), records, views, total, notify)
+    return storages
+
+
+def _whole(source: Source) -> Source:
+    """Take an object in one piece whose server has begun to refuse ranges."""
+    return whole(evolve(source, stop=Stop()))  # the refusal has stopped all other reads
+
+
+def memory(storage: torch.UntypedStorage) -> memoryview:
+    """Give a writable view of a storage's own memory, which keeps the storage alive."""
+    buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    buffer.storage = storage  # type: ignore[attr-defined] # ctypes arrays take any
+    return memoryview(buffer).cast("B")
+
+
+def _fetch_alone(
+    source: Source,
+    records: Mapping[str, Record],
+    views: Mapping[str, memoryview],
+    total: int,
+    notify: Notify,
+) -> None:
+    headers, parts = _laid_out(records, views, part_bytes(source, total))
+    missing = Counter(owner for _, pieces in parts for _, owner in pieces)
+    lock = threading.Lock()
+
+    def bring(offset: int, pieces: _Pieces) -> None:
+        source.read(offset, [view for view, _ in pieces], notify)
+        for _, owner in pieces:
+            with lock:
+                missing[owner] -= 1
+                whole = owner and not missing[owner]
+            if whole:  # checked here, while other parts are still on their way
+                wrong = _wrong(source, records[owner], headers[owner], views[owner])
+                if wrong:
+                    source.read(wrong.start, [views[owner]])
+                    check(source.uri, wrong, views[owner])
+
+    in_parallel([functools.partial(bring, *part) for part in parts], source)
+
+
+def _wrong(source: Source, record: Record, header: Any, view: memoryview) -> Record | None:
+    """Tell whether a record has to be read once more, and from where.
+
+    Either torch did not lay it out, or it was damaged on the way.
+    """
+    start = data_start(source.uri, record, header) if header else record.start
+    if start == record.start and crc_matches(record, view):
+        return None
+    return evolve(record, header=start, start=start)
+
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fetch_shared(
+    source: Source,
+    records: Mapping[str, Record],
+    views: Mapping[str, memoryview],
+    ranks: Ranks,
+    notify: Notify,
+) -> None:
+    """Read each byte by one of the ranks, which sends it to all; each checks what it received."""
+    headers = _exchange(source, records, views, ranks, notify)
+
+    def find_wrong() -> dict[str, Record]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(
+                lambda key: _wrong(source, records[key], headers[key], views[key]), views
+            )
+            return {key: record for key, record in zip(views, found, strict=True) if record}
+
+    def check_again() -> None:
+        for key, record in again.items():
+            check(source.uri, record, views[key])
+
+    found = ranks.agree(ranks.together(find_wrong))
+    again = {key: record for wrong in found for key, record in wrong.items()}
+    if again:
+        _exchange(source, again, {key: views[key] for key in again}, ranks, notify)
+        ranks.together(check_again)
+
+
+def _exchange(
+    source: Source,
+    records: Mapping[str, Record],
+    views: Mapping[str, memoryview],
+    ranks: Ranks,
+    notify: Notify,
+) -> dict[str, bytearray]:
+    """Read this rank's share in waves, and send each to the others while the next one is read."""
+    share = sum(map(len, views.values())) // ranks.size
+    headers, parts = _laid_out(records, views, min(max(share, LEAST_BYTES), PART_BYTES))
+    pending: list[Any] = []
+    for wave in _waves(parts, ranks, source.in_memory):
+        source = ranks.together(functools.partial(_read_share, source, wave[ranks.rank], notify))
+        for finish in pending:
+            finish()
+        pending = []
+        for owner, dealt in enumerate(wave):
+            kept = [view for _, pieces in dealt for view, key in pieces if key]
+            pending.append(ranks.send(kept, owner))
+            if owner != ranks.rank:
+                notify(sum(map(len, kept)))
+    for finish in pending:
+        finish()
+    return headers
+
+
+def _read_share(source: Source, parts: Sequence[_Part], notify: Notify) -> Source:
+    """Read what was dealt to this rank; give the source that could serve it."""
+
+    def read(source: Source) -> Source:
+        tasks = [
+            functools.partial(source.read, offset, [view for view, _ in pieces], notify)
+            for offset, pieces in parts
+        ]
+        in_parallel(tasks, source)
+        return source
+
+    try:
+        return read(source)
+    except UnrangedError:
+        return read(_whole(source))
+
+
+def _waves(parts: Sequence[_Part], ranks: Ranks, in_memory: bool) -> Iterator[list[list[_Part]]]:
+    """Deal parts to the ranks, as much to each; all to rank 0, where it alone has the object."""
+    wave: list[list[_Part]] = [[] for _ in range(ranks.size)]
+    dealt = [0] * ranks.size
+    most = WAVE_BYTES
+    for part in parts:
+        size = sum(len(view) for view, _ in part[1])
+        rank = 0 if in_memory else dealt.index(min(dealt))
+        if dealt[rank] + size > most:
+            yield wave
+            wave = [[] for _ in range(ranks.size)]
+            most = dealt[rank] + max(size, WAVE_BYTES)
+        wave[rank].append(part)
+        dealt[rank] += size
+    yield wave
+
+
+# ── spans ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _laid_out(
+    records: Mapping[str, Record], views: Mapping[str, memoryview], size: int
+) -> tuple[dict[str, bytearray], list[_Part]]:
+    """Lay out what to ask for, in parts of at most `size` bytes; give the headers' buffers, too."""
+    headers = {key: bytearray(records[key].start - records[key].header) for key in views}
+    spans = _spans(records, views, headers)
+    return headers, [part for span in spans for part in _cut(*span, size)]
+
+
+def _spans(
+    records: Mapping[str, Record], views: Mapping[str, Any], headers: Mapping[str, Any]
+) -> Iterator[tuple[int, _Pieces]]:
+    """Lay records that stand side by side in a row: header, bytes, gap, header, bytes, …."""
+    keys = sorted(views, key=lambda key: records[key].header)
+    bridged = _bridged_gaps([records[key] for key in keys])
+    span: tuple[int, _Pieces] = (0, [])
+    end = 0
+    for key in keys:
+        record = records[key]
+        if record.header in bridged:
+            span[1].append((memoryview(bytearray(record.header - end)), ""))
+        else:
+            yield span
+            span = (record.header, [])
+        span[1].extend(((memoryview(headers[key]), key), (views[key], key)))
+        end = record.start + record.size
+    yield span
+
+
+def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces]]:
+    """Cut a span of an object, which fills pieces of memory, into parts of one request each."""
+    part: _Pieces = []
+    room = size
+    for view, owner in pieces:
+        rest = view
+        while rest:
+            part.append((rest[:room], owner))
+            rest, room = rest[room:], room - min(room, len(rest))
+            if not room:
+                yield offset, part
+                offset, part, room = offset + size, [], size
+    if part:
+        yield offset, part
+
+
+def _bridged_gaps(records: Sequence[Record]) -> set[int]:
+    """Choose the gaps to read over, smallest first: a request costs more than a few bytes."""
+    gaps = sorted(
+        (after.header - before.start - before.size, after.header)
+        for before, after in itertools.pairwise(records)
+    )
+    bridged, left = set(), GAP_BYTES
+    for gap, header in gaps:
+        left -= gap
+        if left < 0:
+            break
+        bridged.add(header)
+    return bridged

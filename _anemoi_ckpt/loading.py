@@ -1,0 +1,131 @@
+"""The loop: plan, fetch what is needed, and plan again, until nothing more is needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from _anemoi_ckpt.errors import CorruptError
+from _anemoi_ckpt.fetching import fetched
+from _anemoi_ckpt.formats import Archive
+from _anemoi_ckpt.hollow import dtypes_of, unwatched
+from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
+from _anemoi_ckpt.pickles.reading import Trust, trusted
+from _anemoi_ckpt.places import URI
+from _anemoi_ckpt.planning import Strategy, planned
+from _anemoi_ckpt.progress import Progress
+from _anemoi_ckpt.ranks import Ranks, joined
+from _anemoi_ckpt.steps import check_strategies
+from _anemoi_ckpt.transport import Transport, locate
+
+
+@frozen
+class Loaded:
+    """What a load gave, and what it took."""
+
+    result: Any
+    bytes_moved: int
+    bytes_stored: int
+
+
+@unwatched()  # it may be a strategy that loads another checkpoint
+def loaded(
+    uri: str | os.PathLike[str] | URI,
+    strategies: Sequence[Strategy],
+    check: Callable[[], Trust],
+    transport: Transport,
+    progress: Progress,
+) -> Loaded:
+    """Load a checkpoint through strategies; with a group, by its ranks together.
+
+    Args:
+        uri: where it is.
+        strategies: applied from left to right.
+        check: checks the arguments, and gives what may be run. What one rank refuses, all raise.
+        transport: the policy.
+        progress: as for `load`.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    alone = functools.partial(_loaded_alone, uri, strategies, transport=transport)
+    if transport.group is None:
+        return alone(check(), progress)
+    with joined(transport, uri, f"cached={transport.cached}") as ranks:
+        names = ranks.together(check)
+        if transport.cached:  # each machine downloads it once
+            return ranks.together(lambda: alone(names, progress))
+        place = functools.partial(locate, uri, transport)
+        checkpoint = opened_by_ranks(place, transport, progress, ranks)
+        return _completed(checkpoint, strategies, names, progress, ranks)
+
+
+def checked(caller: str, strategies: Sequence[Strategy], trust: bool | Sequence[Any]) -> Trust:
+    """Check the arguments of a load; give the names that may be run.
+
+    Raises:
+        TypeError: a strategy is not a function, or is one that has to be called first; or something
+            to trust is neither a class nor a function.
+    """
+    check_strategies(caller, strategies)
+    return trusted(trust)
+
+
+def _loaded_alone(
+    uri: str | os.PathLike[str] | URI,
+    strategies: Sequence[Strategy],
+    trust: Trust,
+    progress: Progress,
+    transport: Transport,
+) -> Loaded:
+    place = locate(uri, transport)
+    try:
+        checkpoint = opened(place, transport, progress)
+        return _completed(checkpoint, strategies, trust, progress)
+    except CorruptError:
+        if not transport.cached:
+            raise
+    checkpoint = opened(place, transport, progress, fresh=True)  # damaged since its download
+    return _completed(checkpoint, strategies, trust, progress)
+
+
+def _completed(
+    checkpoint: Opened,
+    strategies: Sequence[Strategy],
+    trust: Trust,
+    progress: Progress,
+    ranks: Ranks | None = None,
+) -> Loaded:
+    """Fetch what the result needs until it needs nothing: as a rule, in the second round."""
+    records = checkpoint.archive.records
+    storages: dict[str, torch.UntypedStorage] = {}
+    while True:
+        plan = functools.partial(planned, checkpoint, storages, strategies, trust)
+        found = plan() if ranks is None else ranks.together(plan)
+        needed = found.needed if ranks is None else _any_rank_needs(ranks, found.needed)
+        if not needed:
+            return Loaded(found.result, checkpoint.bytes_moved, checkpoint.bytes_stored)
+        del found  # its tensors are hollow
+        wanted = {key: record for key, record in records.items() if key in needed}
+        fresh = fetched(checkpoint.source, wanted, progress, ranks)
+        _swap_bytes(checkpoint.archive, fresh)
+        storages |= fresh
+
+
+def _any_rank_needs(ranks: Ranks, needed: frozenset[str]) -> frozenset[str]:
+    return frozenset().union(*ranks.agree(needed))
+
+
+def _swap_bytes(archive: Archive, storages: Mapping[str, torch.UntypedStorage]) -> None:
+    """Put values into this machine's byte order, where the archive has the other one."""
+    if archive.byteorder == sys.byteorder:
+        return
+    dtypes = dtypes_of(archive)
+    for key in storages.keys() & dtypes.keys():
+        storages[key].byteswap(dtypes[key])

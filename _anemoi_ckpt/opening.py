@@ -1,0 +1,246 @@
+"""A place becomes an open checkpoint, in whichever format, and however it has to be read.
+
+open · shards · compression
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from attrs import evolve, frozen
+
+from _anemoi_ckpt.blocks import (
+    BLOCK_BYTES,
+    first_alone,
+    first_and_last,
+    in_memory,
+    read_whole,
+    streamed,
+)
+from _anemoi_ckpt.cache import download_to_cache
+from _anemoi_ckpt.downloading import Transfer
+from _anemoi_ckpt.errors import (
+    CorruptError,
+    MissingPackageError,
+    NotACheckpointError,
+)
+from _anemoi_ckpt.formats import Archive, what_instead
+from _anemoi_ckpt.formats.legacy import read_legacy
+from _anemoi_ckpt.formats.safetensors import looks_like_safetensors, read_safetensors
+from _anemoi_ckpt.formats.shards import join_archives, looks_like_json, read_weight_map
+from _anemoi_ckpt.formats.torch_zip import (
+    LOCAL_SIGNATURE,
+    is_packed,
+    read_directory,
+    read_zip,
+    refuse_several,
+    unpacked,
+)
+from _anemoi_ckpt.formats.torchscript import is_torchscript, read_torchscript
+from _anemoi_ckpt.parallel import in_parallel
+from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, parse_uri, sibling
+from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
+from _anemoi_ckpt.progress import Progress
+from _anemoi_ckpt.ranks import Ranks, sendable
+from _anemoi_ckpt.transport import Source, Transport
+from _anemoi_ckpt.unpacking import bounded
+
+_CHUNK_BYTES = 1024**2  # that are unpacked at once
+_SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class Opened:
+    """An open checkpoint: what is stored, where its records are read from, and what is in it."""
+
+    origin: Source  # tells what was moved, and how large the object is
+    source: Source  # the origin; or in memory, where it was decompressed or came in one piece
+    archive: Archive
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that have come from the place, so far."""
+        return sum(self.origin.moved)
+
+    @property
+    def bytes_stored(self) -> int:
+        """Size of the object, or of all shards."""
+        return self.origin.size
+
+
+def opened(
+    place: URI, transport: Transport, progress: Progress = False, *, fresh: bool = False
+) -> Opened:
+    """Open what a place holds: move its first and last blocks, and what else the pickle takes.
+
+    Args:
+        place: where it is, as `locate` tells it.
+        transport: how to reach it.
+        progress: shown where all of it has to be moved.
+        fresh: fetch copies in the cache anew.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no checkpoint.
+    """
+
+    def at(uri: URI) -> URI:
+        if not transport.cached:
+            return uri
+        return parse_uri(download_to_cache(Transfer(uri, transport, progress, fresh=fresh)))
+
+    first = at(place)
+
+    def beside(name: str) -> URI:
+        return at(sibling(place, name))
+
+    try:
+        origin, blocks = first_and_last(first, transport)
+        source = origin
+    except UnrangedError:
+        data = streamed(first, transport, progress)
+        origin = Source(first, Version(len(data)), transport, moved=[len(data)])
+        source, blocks = in_memory(first, data)
+    return _opened(origin, source, blocks, progress, beside)
+
+
+def opened_by_ranks(
+    place: Callable[[], URI], transport: Transport, progress: Progress, ranks: Ranks
+) -> Opened:
+    """Open what a place holds on rank 0, and tell the other ranks.
+
+    Raises:
+        CheckpointError: as `opened`, on all ranks.
+    """
+    if ranks.rank:
+        shared: Any = ranks.share()
+        if isinstance(shared, Exception):
+            raise shared
+        origin = evolve(shared.origin, transport=transport)
+        source = evolve(origin, uri=shared.source.uri, version=shared.source.version)
+        return Opened(origin, source, shared.archive)
+    try:
+        with ranks.beating():
+            found = opened(place(), transport, progress)
+    except Exception as err:
+        ranks.share(sendable(err))
+        raise
+    ranks.share(evolve(found, archive=evolve(found.archive, file=None, members={})))
+    return found
+
+
+def _opened(
+    origin: Source,
+    source: Source,
+    blocks: BinaryIO,
+    progress: Progress,
+    beside: Callable[[str], URI],
+) -> Opened:
+    suffix = compression(source.uri)
+    if suffix:
+        packed = read_whole(source, progress)
+        source, blocks = in_memory(source.uri, _decompressed(source.uri, packed, suffix))
+    if looks_like_json(_signature(blocks)):
+        return _opened_shards(origin, source.uri, blocks, beside)
+    return Opened(origin, *_read_file(source, blocks, progress))
+
+
+def _signature(blocks: BinaryIO) -> bytes:
+    start = blocks.read(_SIGNATURE_BYTES)
+    blocks.seek(0)
+    return start
+
+
+_SHARD = (
+    "it is one process's shard of a folder that torch.distributed.checkpoint wrote",
+    "make one file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch IN OUT",
+)
+
+
+def _read_file(source: Source, blocks: BinaryIO, progress: Progress) -> tuple[Source, Archive]:
+    """Read what one file holds; give what to read its records from, too."""
+    place, start = source.uri, _signature(blocks)
+    if looks_like_safetensors(start):  # first: the length of its header may look like a zip's mark
+        return source, read_safetensors(place, blocks, source.size)
+    if start.startswith(LOCAL_SIGNATURE):
+        if place.filename.endswith(".distcp"):
+            raise NotACheckpointError(place, *_SHARD)
+        refuse_several(place, blocks)
+        directory = read_directory(place, blocks)
+        if is_packed(directory):
+            source, blocks = in_memory(place, unpacked(place, read_whole(source, progress)))
+            directory = read_directory(place, blocks)
+        read = read_torchscript if is_torchscript(directory) else read_zip
+        return source, read(place, blocks, directory)
+    if start.startswith(b"\x80"):  # a pickle's first byte
+        buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # a raw stream, typed as BinaryIO
+        return source, read_legacy(place, buffered, source.size)
+    begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
+    raise NotACheckpointError(place, *(what_instead(start) or begins))
+
+
+# ── shards ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _opened_shards(
+    origin: Source, place: URI, index: BinaryIO, beside: Callable[[str], URI]
+) -> Opened:
+    """Open the files that an index names, as one."""
+    weight_map = read_weight_map(place, index)
+    shards = {
+        name: evolve(origin, uri=beside(name), version=None)
+        for name in dict.fromkeys(weight_map.values())
+    }
+    tasks = [functools.partial(_first_block, shard) for shard in shards.values()]
+    read = [
+        _read_file(source, blocks, progress=False) for source, blocks in in_parallel(tasks, origin)
+    ]
+    archives = {name: archive for name, (_, archive) in zip(shards, read, strict=True)}
+    joined = evolve(
+        next(iter(shards.values())),
+        uri=JoinedURI(origin.uri.text, tuple((source.uri, source.version) for source, _ in read)),
+        version=Version(sum(source.size for source, _ in read)),
+    )
+    return Opened(joined, joined, join_archives(place, weight_map, archives, STRIDE_BYTES))
+
+
+def _first_block(source: Source) -> tuple[Source, BinaryIO]:
+    try:
+        return first_alone(source)
+    except UnrangedError:
+        data = streamed(source.uri, source.transport, progress=False)
+        source.moved.append(len(data))
+        return in_memory(source.uri, data)
+
+
+# ── compression ───────────────────────────────────────────────────────────────────────────────
+
+
+def compression(uri: URI) -> str:
+    """Give the ending of a name that smart-open knows to decompress; nothing for other names."""
+    suffix = Path(uri.filename).suffix.lower()
+    return suffix if suffix in {".gz", ".bz2", ".xz", ".zst", ".lz4"} else ""
+
+
+def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
+    smart_open = imported("smart_open.compression", uri)
+    try:
+        with smart_open.compression_wrapper(io.BytesIO(data), "rb", compression=suffix) as stream:
+            read = bounded(stream.read, lambda: len(data), uri)
+            return b"".join(iter(functools.partial(read, _CHUNK_BYTES), b""))
+    except CorruptError:
+        raise
+    except ImportError as err:
+        raise MissingPackageError(
+            uri, f"{suffix} needs a package that is not installed ({err})", "install it"
+        ) from err
+    except Exception as err:
+        raise CorruptError(
+            uri, f"it cannot be decompressed as {suffix} ({err!r})", "was its upload complete?"
+        ) from err

@@ -1,0 +1,1 @@
+"""Pickles, read and written without running any code that they name."""

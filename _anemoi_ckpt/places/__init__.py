@@ -1,0 +1,454 @@
+"""Where a checkpoint can be, and the verbs that every kind of place answers.
+
+A kind of place is a frozen class and a module of its own, in one order: URI, parse, client, open,
+range, version, write. Each module registers its handlers with the verbs below (`functools`'
+singledispatch) and its schemes with `register_scheme`. `anemoi_ckpt` imports them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
+from types import ModuleType
+from typing import Any, BinaryIO, ClassVar, TypeAlias
+
+from attrs import evolve, field, fields, frozen
+
+from _anemoi_ckpt.errors import (
+    ChangedError,
+    CheckpointError,
+    InvalidURIError,
+    MissingPackageError,
+    redact,
+)
+
+Params = Mapping[str, Any] | None  # smart-open's transport_params
+_Place: TypeAlias = "str | os.PathLike[str] | URI"
+Notify = Callable[[int], object]  # told how many bytes have come, each time some have
+Writer = AbstractContextManager[BinaryIO]
+
+CONNECTIONS = 32  # at once: stores limit each connection (to 80 MB/s or so), not their sum
+LONG_PART_BYTES = 64 * 1024**2  # most for one request, so that all connections end together
+CHUNK_BYTES = 1024**2  # of one readinto: how often progress is told and interrupts are heard
+TIMEOUT_SECONDS = 60.0  # of silence on a connection, after which it counts as lost
+
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class URI:
+    """A place, as the user wrote it. Each kind of place is a frozen subclass.
+
+    ``str(uri)`` is the text it was parsed from, secrets included; ``repr(uri)`` hides them.
+    """
+
+    text: str = field(repr=lambda text: repr(redact(text)))
+
+    connections: ClassVar[int] = CONNECTIONS
+    path_field: ClassVar[str] = "text"  # which field ends with the file's name
+    is_url: ClassVar[bool] = False  # whether that is percent-encoded, and has a query
+    asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
+    extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
+    credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
+    # which transport_params are read, and which others when it is written; None: nobody knows
+    params: ClassVar[tuple[str, ...] | None] = None
+    writer_params: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return str(getattr(self, self.path_field)).rstrip("/").rpartition("/")[2]
+
+    def __str__(self) -> str:
+        """Give back the text as it was written."""
+        return self.text
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+_PARSERS: dict[str, Callable[[str], URI]] = {}  # by scheme; "" is that of plain paths
+_SCHEME = re.compile(  # MLflow's own are followed by one slash
+    r"(runs|models|mlflow-artifacts|[A-Za-z][A-Za-z0-9+.-]+(?=://)):/.*", re.DOTALL
+)
+
+
+def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
+    """Tell what kind of place a text names.
+
+    Args:
+        place: a path, a URL, or a URI that was parsed before.
+
+    Raises:
+        TypeError: the place is neither text nor a path.
+        InvalidURIError: the scheme is unknown, the bucket or the key is empty, or the text names
+            a folder.
+
+    >>> parse_uri("s3://bucket/run/last.ckpt").key
+    'run/last.ckpt'
+    >>> parse_uri("last.ckpt")
+    LocalURI(text='last.ckpt', path='last.ckpt')
+    """
+    if isinstance(place, URI):
+        return place
+    if not isinstance(place, str | os.PathLike):
+        raise TypeError(
+            f"where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"
+            f" {type(place).__name__}"
+        )
+    text = os.fspath(place)
+    match = _SCHEME.fullmatch(text) if isinstance(place, str) else None
+    if match is None:
+        return _PARSERS[""](text)
+    parser = _PARSERS.get(match[1].lower())
+    if parser is None:
+        raise InvalidURIError(
+            text,
+            f"the scheme {match[1]}:// is unknown (known: {', '.join(schemes())}, and plain paths)",
+            f"add it with register_scheme({match[1]!r}, parser) and one @open_stream.register",
+        )
+    try:
+        return parser(text)
+    except CheckpointError:
+        raise
+    except ValueError as err:  # such as an IPv6 address without its closing bracket
+        raise InvalidURIError(text, f"no URL ({err})", "check it for typing errors") from None
+
+
+def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
+    """Teach `parse_uri` a new scheme, or replace a known one.
+
+    Args:
+        scheme: what stands before ``://``, such as ``"sftp"``.
+        parser: text to URI. A subclass of `URI` with no fields of its own is one.
+
+    Raises:
+        ValueError: the scheme is not two or more letters, digits, ``+``, ``.`` and ``-``.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
+        raise ValueError(f"{scheme!r} is no scheme: two or more of letters, digits, '+', '.', '-'")
+    _PARSERS[scheme.lower()] = parser
+
+
+def register_paths(parser: Callable[[str], URI]) -> None:
+    """Set the parser of texts without a scheme."""
+    _PARSERS[""] = parser
+
+
+def schemes() -> list[str]:
+    """List the schemes that are known."""
+    return sorted(scheme for scheme in _PARSERS if scheme)
+
+
+def bucket_and_key(text: str, path: str) -> tuple[str, str]:
+    """Split ``bucket/path/to/file``.
+
+    Raises:
+        InvalidURIError: one of the two is empty, or the key names a folder.
+    """
+    bucket, _, key = path.partition("/")
+    if not bucket or not key:
+        missing = "object" if bucket else "bucket"
+        raise InvalidURIError(text, f"names no {missing}", "write scheme://bucket/path/to/file")
+    if key.endswith("/"):
+        raise InvalidURIError(text, "names a folder", "add the name of the checkpoint in it")
+    return bucket, key
+
+
+def sibling(uri: URI, name: str) -> URI:
+    """Name another file beside one: in its newest version, with the same credentials."""
+
+    def beside(value: str) -> str:
+        path, mark, query = value.partition("?") if uri.is_url else (value, "", "")
+        folder = path[: len(path) - len(path.rpartition("/")[2])]
+        return folder + (urllib.parse.quote(name) if uri.is_url else name) + mark + query
+
+    known = {each.name for each in fields(type(uri))}
+    changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
+    changes |= {each: beside(getattr(uri, each)) for each in ("text", uri.path_field)}
+    return evolve(uri, **changes)
+
+
+@functools.singledispatch
+def resolve(uri: URI, transport_params: Params = None) -> URI:  # noqa: ARG001 - for handlers
+    """Tell where a place's bytes are: a place that refers to other places is asked once a load.
+
+    The result keeps the text that the user wrote.
+
+    Args:
+        uri: the place.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: as `open_stream`.
+    """
+    return uri
+
+
+# ── client ────────────────────────────────────────────────────────────────────────────────────
+#
+# Clients are made once and reused: one for each process (sockets do not survive a fork) and for
+# each setting of the environment that the store's own chain of credentials reads.
+
+
+@functools.singledispatch
+def connect(uri: URI, transport_params: Params = None) -> None:
+    """Make the client that many reads at once will want, so that not each of them makes one."""
+
+
+@functools.singledispatch
+def forget_clients(uri: URI) -> None:
+    """Make the next call look for credentials anew: the store refused those of the clients."""
+
+
+def environment(*prefixes: str) -> tuple[tuple[str, str], ...]:
+    """Give the variables of the environment that begin with one of the prefixes, in order."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
+
+
+def check_params(uri: URI, params: Params, *, writing: bool = False) -> None:
+    """Refuse transport_params that nobody reads: another store's, or with a typing error.
+
+    Raises:
+        TypeError: there is such a name; the error lists those that are read.
+    """
+    if uri.params is None:
+        return
+    known = uri.params + uri.writer_params * writing
+    for name in params or {}:
+        if name not in (*known, "timeout"):
+            kind, verb = type(uri).__name__, "written" if writing else "read"
+            raise TypeError(
+                f"transport_params[{name!r}] means nothing when a {kind} is {verb}; what does:"
+                f" {', '.join(known)}"
+            )
+
+
+def timeout_of(params: Params) -> float:
+    """Give the seconds of silence on a connection after which it counts as lost."""
+    return float((params or {}).get("timeout") or TIMEOUT_SECONDS)
+
+
+def with_client(params: Params, client: Any) -> dict[str, Any]:
+    """Give what smart-open takes. A client has its own timeout."""
+    return {k: v for k, v in (params or {}).items() if k != "timeout"} | {"client": client}
+
+
+def imported(name: str, uri: URI) -> ModuleType:
+    """Import a package where it is used.
+
+    Raises:
+        MissingPackageError: it is not installed; says what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as err:
+        package = f"'anemoi-ckpt[{uri.extra}]'" if uri.extra else name
+        raise MissingPackageError(
+            uri, f"the package {name} is not installed", f"pip install {package}"
+        ) from err
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.singledispatch
+def open_stream(uri: _Place, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - for handlers
+    """Open a place for reading, from its first byte on: the one handler a new place must have.
+
+    Args:
+        uri: the place. A text or a path is parsed first.
+        transport_params: smart-open's: a dict with ``client``, ``session``, ``headers``, ….
+
+    Raises:
+        CheckpointError: not found, no access, no answer, or no handler for this kind of place.
+    """
+    raise InvalidURIError(
+        uri, f"no handler opens a {type(uri).__name__}", "write one with @open_stream.register"
+    )
+
+
+@open_stream.register
+def open_text(uri: str | os.PathLike, transport_params: Params = None) -> BinaryIO:  # type: ignore[type-arg] # singledispatch takes no parameters of types
+    """Parse a text, and open the place that it names."""
+    return open_stream(parse_uri(uri), transport_params)
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class Version:
+    """Which object a read came from: its size in bytes, and its ETag, generation or the like."""
+
+    size: int
+    tag: str | None = None
+    digests: Mapping[str, bytes] = field(factory=dict, eq=False, repr=False)  # as far as it tells
+
+
+class Buffers:
+    """Writable buffers, filled one after the other as if they were one (as `os.preadv` does).
+
+    They know how much is filled, so a read that broke off goes on with the first missing byte.
+
+    >>> import io
+    >>> first, second = bytearray(2), bytearray(3)
+    >>> Buffers(first, second).readfrom(io.BytesIO(b"hello"))
+    >>> first, second
+    (bytearray(b'he'), bytearray(b'llo'))
+    """
+
+    def __init__(self, *buffers: Any, notify: Notify | None = None) -> None:
+        """Take buffers of bytes; `notify` is told how many bytes came, each time some did."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        self._begin(iter(views), sum(map(len, views)), notify)
+
+    @classmethod
+    def lazily(
+        cls, buffers: Iterable[memoryview], size: int, notify: Notify | None = None
+    ) -> Buffers:
+        """Take buffers of `size` bytes in all from an iterator that makes them.
+
+        Each is full when the next one is asked for, so a file can be written through one buffer.
+        """
+        made = cls()
+        made._begin(iter(buffers), size, notify)
+        return made
+
+    def _begin(self, views: Iterator[memoryview], size: int, notify: Notify | None) -> None:
+        self._views, self.size, self.filled, self._notify = views, size, 0, notify
+        self._rest = next(views, memoryview(b""))
+
+    def readfrom(self, stream: Any) -> None:
+        """Fill from a stream with `readinto`, until the buffers are full or the stream ends."""
+        while self._rest:
+            count = stream.readinto(self._rest[:CHUNK_BYTES])
+            if not count:
+                return
+            self._advance(count)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take bytes that an SDK pushes. Bytes beyond the buffers' size are ignored."""
+        view = memoryview(data)
+        while self._rest and view:
+            count = min(len(view), len(self._rest))
+            self._rest[:count] = view[:count]
+            self._advance(count)
+            view = view[count:]
+        return len(data)
+
+    def _advance(self, count: int) -> None:
+        self._rest = self._rest[count:] or next(self._views, memoryview(b""))
+        self.filled += count
+        if self._notify:
+            self._notify(count)
+
+
+class UnrangedError(Exception):
+    """The place cannot give a part of an object: take it whole."""
+
+
+@functools.singledispatch
+def read_range(
+    uri: URI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Fill buffers with an object's bytes from `offset` on, and tell which object it was.
+
+    The default seeks in `open_stream`; each store has its own ranged GET.
+
+    Args:
+        uri: the place.
+        offset: the first byte; from the end if negative, and then the buffers' size.
+        buffers: what to fill. A body that ends early leaves them partly filled.
+        pin: what the first read told: the object must still be that one.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: as `open_stream`; ChangedError if the object is not the pinned one.
+        UnrangedError: the place cannot give a part of an object.
+    """
+    from _anemoi_ckpt.places.explained import explained  # noqa: PLC0415 - it stands on this module
+
+    with explained(uri), closing(open_stream(uri, transport_params)) as stream:
+        if not stream.seekable():
+            raise UnrangedError
+        stream.seek(0, os.SEEK_END)
+        size = stream.tell()  # paramiko's seek returns None
+        version = pinned(uri, Version(size), pin)
+        stream.seek(max(0, size + offset) if offset < 0 else min(offset, size))
+        buffers.readfrom(stream)
+        return version
+
+
+def pinned(uri: URI, version: Version, pin: Version | None) -> Version:
+    """Give a version back, if it is the pinned one.
+
+    Raises:
+        ChangedError: it is another.
+    """
+    if pin is not None and version != pin:
+        raise ChangedError(
+            uri,
+            f"the object was replaced while it was read ({pin.tag or pin.size} is now "
+            f"{version.tag or version.size})",
+            "load it again, once it is no longer written to",
+        )
+    return version
+
+
+# ── version ───────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.singledispatch
+def read_version(uri: URI, transport_params: Params = None) -> Version:
+    """Tell which object a place has now, and its digests where the place keeps them.
+
+    The default asks for the first byte; stores are asked for the object's properties.
+
+    Args:
+        uri: the place.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: as `open_stream`.
+    """
+    return read_range(uri, 0, Buffers(bytearray(1)), None, transport_params)
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.singledispatch
+def open_writer(uri: _Place, transport_params: Params = None) -> Writer:  # noqa: ARG001 - for handlers
+    """Open a place for writing, all or nothing.
+
+    Gives a context manager. The object appears when its block ends well; if that raises, nothing
+    is left of it, and what was there before stays.
+
+    Args:
+        uri: the place. A text or a path is parsed first.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: no access, no answer, or nothing can be written to this kind of place.
+    """
+    raise InvalidURIError(
+        uri,
+        f"a {type(uri).__name__} cannot be written to",
+        "write to a path, s3://, gs:// or az://, or add @open_writer.register",
+    )
+
+
+@open_writer.register
+def open_text_writer(uri: str | os.PathLike, transport_params: Params = None) -> Writer:  # type: ignore[type-arg] # as for open_stream
+    """Parse a text, and open the place that it names for writing."""
+    return open_writer(parse_uri(uri), transport_params)

@@ -1,0 +1,277 @@
+"""Azure Blob Storage, through its own SDK and smart-open."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import urllib.parse
+from contextlib import closing, suppress
+from types import ModuleType
+from typing import Any, BinaryIO, ClassVar
+
+from attrs import field, frozen
+
+from _anemoi_ckpt.errors import AccessDeniedError
+from _anemoi_ckpt.places import (
+    LONG_PART_BYTES,
+    URI,
+    Buffers,
+    Params,
+    Version,
+    Writer,
+    bucket_and_key,
+    environment,
+    forget_clients,
+    imported,
+    open_stream,
+    open_writer,
+    pinned,
+    read_range,
+    read_version,
+    register_scheme,
+    timeout_of,
+    with_client,
+)
+from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.responses import read_socket
+from _anemoi_ckpt.places.sessions import mounted
+from _anemoi_ckpt.places.uploading import committed
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class AzureURI(URI):
+    """A blob in Azure: ``az://container/blob``, ``abfss://…``, or its ``https://`` address.
+
+    Any of them may end in ``?snapshot=…`` or ``?versionid=…``, and in a SAS.
+    """
+
+    container: str
+    blob: str
+    account_url: str | None = None
+    sas: str | None = field(default=None, repr=False)
+    snapshot: str | None = None
+    version_id: str | None = None
+
+    path_field: ClassVar[str] = "blob"
+    asked_first: ClassVar[bool] = True
+    extra: ClassVar[str | None] = "azure"
+    params: ClassVar[tuple[str, ...] | None] = ("client",)
+    writer_params: ClassVar[tuple[str, ...]] = ("blob_kwargs", "min_part_size")  # smart_open's
+    credentials: ClassVar[str] = (
+        "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or "
+        "AZURE_STORAGE_SAS_TOKEN, or install azure-identity and run `az login`"
+    )
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+_HOST = re.compile(  # Microsoft's own clouds: others get no credentials of the environment
+    r"[\w-]+\.(?:blob|dfs)\.core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)", re.ASCII
+)
+
+
+def parse_azure(text: str) -> URI:
+    """Parse ``az://container/blob`` or ``abfss://container@account.dfs.core.windows.net/blob``.
+
+    Raises:
+        InvalidURIError: container or blob is empty.
+    """
+    path, _, query = text.split("://", 1)[1].partition("?")
+    if not re.search("(?:^|&)(?:sig|snapshot|versionid)=", query):  # then it is part of the name
+        path, query = text.split("://", 1)[1], ""
+    authority, slash, path = path.partition("/")
+    container, at, host = authority.partition("@")
+    account = f"https://{host.replace('.dfs.', '.blob.')}" if at else None
+    names = bucket_and_key(text, container + slash + path)
+    return AzureURI(text, *names, account, *_parse_query(query))
+
+
+def is_azure_host(host: str) -> bool:
+    """Tell whether a host is a storage account in one of Microsoft's own clouds."""
+    return _HOST.fullmatch(host) is not None
+
+
+def parse_azure_url(text: str) -> URI:
+    """Parse ``https://account.blob.core.windows.net/container/blob``.
+
+    Raises:
+        InvalidURIError: container or blob is empty.
+    """
+    url = urllib.parse.urlsplit(text)
+    names = bucket_and_key(text, urllib.parse.unquote(url.path.lstrip("/")))
+    account = f"https://{url.netloc.replace('.dfs.', '.blob.')}"
+    return AzureURI(text, *names, account, *_parse_query(url.query))
+
+
+def _parse_query(query: str) -> tuple[str | None, str | None, str | None]:
+    """Split a query into SAS, snapshot and version: the SDK wants them apart."""
+    values = dict(urllib.parse.parse_qsl(query))
+    sas = [part for part in query.split("&") if not part.startswith(("snapshot=", "versionid="))]
+    return "&".join(sas) or None, values.get("snapshot"), values.get("versionid")
+
+
+for _scheme in ("az", "azure", "abfs", "abfss", "wasb", "wasbs"):
+    register_scheme(_scheme, parse_azure)
+
+
+# ── client ────────────────────────────────────────────────────────────────────────────────────
+
+
+@forget_clients.register
+def forget_azure_clients(uri: AzureURI) -> None:  # noqa: ARG001 - all of them
+    """Forget the clients of azure-storage-blob."""
+    _make_client.cache_clear()
+
+
+def client_of(uri: AzureURI, params: Params) -> Any:
+    """Give the caller's BlobServiceClient, or ours."""
+    given = (params or {}).get("client")
+    if given:
+        return given
+    package = imported("azure.storage.blob", uri)
+    return _make_client(package, uri, timeout_of(params), environment("AZURE_"), os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _make_client(
+    package: ModuleType,
+    uri: AzureURI,
+    timeout: float,
+    variables: tuple[tuple[str, str], ...],
+    _pid: int,
+) -> Any:
+    settings = dict(variables)
+    options = {
+        "max_single_get_size": LONG_PART_BYTES,
+        "max_chunk_get_size": LONG_PART_BYTES,
+        "connection_timeout": timeout,
+        "read_timeout": timeout,
+        "permit_redirects": False,  # Azure sends none; older SDKs follow one with the credentials
+        "retry_total": 0,  # one policy of retries for all places: ours
+        "transport": _transport(timeout),
+    }
+    connection = settings.get("AZURE_STORAGE_CONNECTION_STRING")
+    account = settings.get("AZURE_STORAGE_ACCOUNT") or settings.get("AZURE_STORAGE_ACCOUNT_NAME")
+    name = uri.account_url and uri.account_url.split("://")[1].split(".")[0]
+    if connection and (not name or f"AccountName={name};" in f"{connection};"):
+        return package.BlobServiceClient.from_connection_string(connection, **options)
+    if not (uri.account_url or account):
+        raise AccessDeniedError(uri, "no storage account is named", uri.credentials)
+    url = uri.account_url or f"https://{account}.blob.core.windows.net"
+    # credentials of the environment belong to the environment's account, and to no other
+    known = is_azure_host(url.removeprefix("https://"))
+    own = known and account and url.startswith(f"https://{account}.")
+    key = settings.get("AZURE_STORAGE_KEY") or settings.get("AZURE_STORAGE_ACCOUNT_KEY")
+    credential = uri.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
+    if known and not credential:
+        credential = default_credential()
+    return package.BlobServiceClient(url, credential, **options)
+
+
+def _transport(timeout: float) -> Any:
+    import requests  # noqa: PLC0415 - comes with azure-core
+    from azure.core.pipeline.transport import RequestsTransport  # noqa: PLC0415 - likewise
+
+    session = mounted(requests.Session(), requests)
+    return RequestsTransport(
+        session=session, session_owner=False, connection_timeout=timeout, read_timeout=timeout
+    )
+
+
+def default_credential() -> Any:
+    """Give azure-identity's default credential; None where that is not installed."""
+    try:
+        return importlib.import_module("azure.identity").DefaultAzureCredential()
+    except ImportError:
+        return None  # then only a public container answers
+
+
+def _blob(uri: AzureURI, transport_params: Params) -> Any:
+    return client_of(uri, transport_params).get_blob_client(
+        uri.container, uri.blob, snapshot=uri.snapshot, version_id=uri.version_id
+    )
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_stream.register
+def open_azure(uri: AzureURI, transport_params: Params = None) -> BinaryIO:
+    """Open a blob with smart-open."""
+    with explained(uri):
+        params = with_client(transport_params, _blob(uri, transport_params))
+        azure = imported("smart_open.azure", uri)
+        return azure.open(uri.container, uri.blob, "rb", **params)  # type: ignore[no-any-return] # smart-open has no annotations
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class _BodyReadError(Exception):
+    """The hook has read the body. Raising leaves the SDK, which would hold all of it in memory."""
+
+
+@read_range.register
+def read_azure_range(
+    uri: AzureURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range with Get Blob; the ETag pins the blob. Azure knows no suffix ranges."""
+    if offset < 0:
+        pin = pin or read_version(uri, transport_params)
+        offset = max(0, pin.size + offset)
+    versions: list[Version] = []
+
+    def read_body(reply: Any) -> None:
+        response = reply.http_response
+        if response.status_code not in {200, 206}:
+            return  # the SDK raises its own error for it
+        with closing(response.internal_response) as inner:
+            size = int(inner.headers["Content-Range"].rpartition("/")[2])
+            versions.append(pinned(uri, Version(size, inner.headers["ETag"]), pin))
+            read_socket(inner.raw, buffers)
+        raise _BodyReadError
+
+    conditions = imported("azure.core", uri).MatchConditions
+    with explained(uri, pin), suppress(_BodyReadError):
+        match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
+        _blob(uri, transport_params).download_blob(
+            offset=offset,
+            length=buffers.size - buffers.filled,
+            raw_response_hook=read_body,
+            **match,
+        )
+    return versions[0]
+
+
+# ── version ───────────────────────────────────────────────────────────────────────────────────
+
+
+@read_version.register
+def read_azure_version(uri: AzureURI, transport_params: Params = None) -> Version:
+    """Ask for the blob's properties: size, ETag and Content-MD5."""
+    with explained(uri):
+        properties = _blob(uri, transport_params).get_blob_properties()
+        md5 = properties.content_settings.content_md5
+        return Version(properties.size, properties.etag, {"md5": bytes(md5)} if md5 else {})
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_writer.register
+def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
+    """Write with smart-open's block upload, whose list of blocks is put when all is written."""
+
+    def opened() -> Any:
+        params = with_client(transport_params, client_of(uri, transport_params))
+        return imported("smart_open.azure", uri).open(uri.container, uri.blob, "wb", **params)
+
+    return committed(uri, uri.snapshot or uri.version_id, opened)

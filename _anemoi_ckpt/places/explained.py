@@ -1,0 +1,196 @@
+"""What a store's own exception means: a table from what it says to a `CheckpointError`.
+
+Every SDK's exception has the HTTP status in an attribute of its own; some have none, and are known
+by their name or by the package that they are from.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from attrs import frozen
+
+from _anemoi_ckpt.errors import (
+    AccessDeniedError,
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    NotACheckpointError,
+    UnreachableError,
+    redact,
+)
+from _anemoi_ckpt.places import URI, UnrangedError, Version, forget_clients
+
+_NO_CREDENTIALS = {  # names of exceptions
+    "ClientAuthenticationError",
+    "CredentialRetrievalError",
+    "CredentialUnavailableError",
+    "DefaultCredentialsError",
+    "InvalidOperation",  # google-auth's, of anonymous credentials that it cannot renew
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "RefreshError",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket", "ssl", "urllib3"}
+
+
+@contextmanager
+def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
+    """Turn whatever a store raises in the block into a `CheckpointError` that it caused.
+
+    Args:
+        uri: the place.
+        pin: the version that was asked for, if the object was seen before.
+    """
+    try:
+        yield
+    except (CheckpointError, UnrangedError, MemoryError):
+        raise
+    except Exception as err:  # noqa: BLE001 - no SDK documents all that it raises
+        problem = explain(uri, err, pin)
+        if isinstance(problem, AccessDeniedError):
+            forget_clients(uri)
+        raise problem from without_secrets(err)
+
+
+@frozen
+class _Complaint:
+    """What a store's exception says."""
+
+    err: Exception
+    status: int  # of HTTP; 0 where it has none
+    code: str  # the store's own
+    was_seen: bool  # the object was there before
+
+    def __str__(self) -> str:
+        if self.status:
+            return f"the server answered {self.status} {self.code}"
+        return f"{type(self.err).__name__}: {self.err}"
+
+
+def _is_denied(said: _Complaint) -> bool:
+    name = type(said.err).__name__
+    known = isinstance(said.err, PermissionError) or name in _NO_CREDENTIALS
+    return known or said.status in {401, 403} or said.code in _EXPIRED
+
+
+def _is_replaced(said: _Complaint) -> bool:
+    return said.was_seen and said.status in {404, 410, 412, 416}
+
+
+def _is_missing(said: _Complaint) -> bool:
+    return said.status in {404, 410} or isinstance(said.err, FileNotFoundError)
+
+
+def _is_empty(said: _Complaint) -> bool:
+    return said.status == 416  # noqa: PLR2004 - there is no first byte (RFC 9110 15.5.17)
+
+
+def _is_unreachable(said: _Complaint) -> bool:
+    """Tell whether the server is busy, or the network was lost: another attempt may go well."""
+    if said.status:
+        return said.status in {408, 429} or said.status >= 500  # noqa: PLR2004 - server errors
+    err = said.err
+    misused = isinstance(err, ValueError) and not isinstance(err, json.JSONDecodeError)
+    misused = misused or type(err).__name__ == "ParamValidationError"
+    package = type(err).__module__.partition(".")[0]
+    return (isinstance(err, OSError | EOFError) or package in _NETWORK) and not misused
+
+
+_Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
+_RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
+    (_is_denied, AccessDeniedError, "access is denied", ""),
+    (
+        _is_replaced,
+        ChangedError,
+        "the object was replaced or removed while it was read",
+        "load it again",
+    ),
+    (
+        _is_missing,
+        CheckpointNotFoundError,
+        "there is no such object",
+        "check the name for typing errors",
+    ),
+    (_is_empty, NotACheckpointError, "the file is empty", "was its upload or download complete?"),
+    (
+        _is_unreachable,
+        UnreachableError,
+        "no useful answer",
+        "check the host, the endpoint and the network, or try again later",
+    ),
+)
+
+
+@functools.singledispatch
+def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointError:
+    """Make a `CheckpointError` of what a place raised; a disk has a handler of its own."""
+    status, code = next(filter(any, map(_status, links(err))), (0, ""))
+    said = _Complaint(err, status, code, was_seen=pin is not None)
+    for applies, kind, problem, remedy in _RULES:
+        if applies(said):
+            found = kind(uri, f"{problem} ({said})", remedy or uri.credentials)
+            if isinstance(found, UnreachableError):
+                found.retry_after = _retry_after(err)
+            return found
+    return CheckpointError(uri, str(said), "see the error above, which caused this one")
+
+
+def empty_file(uri: object) -> CheckpointError:
+    """Make the error that says that a file has no bytes."""
+    return NotACheckpointError(uri, "the file is empty", "was its upload or download complete?")
+
+
+def _status(err: Any) -> tuple[int, str]:
+    """Read the HTTP status and the store's own error code out of an SDK's exception."""
+    response = getattr(err, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return int(status), str(response.get("Error", {}).get("Code", ""))
+    if hasattr(err, "get_http_status_code"):  # mlflow
+        return err.get_http_status_code(), err.error_code
+    status = getattr(err, "status_code", None) or getattr(err, "code", None)  # azure, google
+    status = status or getattr(response, "status_code", None)  # requests
+    code = getattr(err, "error_code", None) or getattr(response, "reason", None) or ""
+    return (int(status), str(code)) if isinstance(status, int) else (0, "")
+
+
+def _retry_after(err: Any) -> float:
+    """Read the seconds of a Retry-After header, or until its date (RFC 9110 10.2.3)."""
+    response = getattr(err, "response", None)
+    if isinstance(response, dict):
+        headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    else:
+        headers = getattr(response, "headers", None) or {}
+    text = str(headers.get("retry-after") or headers.get("Retry-After") or "")
+    if text.isdecimal():
+        return float(text)
+    date = email.utils.parsedate_tz(text)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def links(err: BaseException) -> Iterator[BaseException]:
+    """Give an error and those that caused it: smart-open and torch wrap what others raise."""
+    link: BaseException | None = err
+    told: set[int] = set()  # causes may go round in a circle
+    while link is not None and id(link) not in told:
+        told.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def without_secrets(err: BaseException) -> BaseException:
+    """Give the error back, or its redacted text if it or one of its causes shows a secret."""
+    if any(redact(str(link)) != str(link) for link in links(err)):
+        return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
+    return err

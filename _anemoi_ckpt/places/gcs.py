@@ -1,0 +1,204 @@
+"""Google Cloud Storage, through its own SDK and smart-open."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from types import ModuleType, SimpleNamespace
+from typing import Any, BinaryIO, ClassVar
+
+from attrs import frozen
+
+from _anemoi_ckpt.places import (
+    URI,
+    Buffers,
+    Params,
+    Version,
+    Writer,
+    bucket_and_key,
+    environment,
+    forget_clients,
+    imported,
+    open_stream,
+    open_writer,
+    read_range,
+    read_version,
+    register_scheme,
+    timeout_of,
+    with_client,
+)
+from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.responses import decoded, register_body
+from _anemoi_ckpt.places.sessions import mounted
+from _anemoi_ckpt.places.uploading import committed
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class GCSURI(URI):
+    """An object in Google Cloud Storage: ``gs://bucket/name[#generation]``."""
+
+    bucket: str
+    name: str
+    generation: int | None = None
+
+    path_field: ClassVar[str] = "name"
+    asked_first: ClassVar[bool] = True
+    extra: ClassVar[str | None] = "gcs"
+    params: ClassVar[tuple[str, ...] | None] = ("client",)
+    writer_params: ClassVar[tuple[str, ...]] = (  # smart_open.gcs's
+        *("blob_open_kwargs", "blob_properties", "min_part_size"),
+    )
+    credentials: ClassVar[str] = (
+        "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS, "
+        "or give transport_params={'client': …}"
+    )
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+_TEXT = re.compile(r"\w+://(.*?)(?:#(\d+))?", re.DOTALL)
+
+
+def parse_gcs(text: str) -> URI:
+    """Parse ``gs://bucket/name[#generation]``.
+
+    Raises:
+        InvalidURIError: bucket or name is empty.
+    """
+    path, generation = _TEXT.fullmatch(text).groups()  # type: ignore[union-attr] # every text matches
+    return GCSURI(text, *bucket_and_key(text, path), int(generation) if generation else None)
+
+
+for _scheme in ("gs", "gcs"):
+    register_scheme(_scheme, parse_gcs)
+
+
+# ── client ────────────────────────────────────────────────────────────────────────────────────
+
+
+@forget_clients.register
+def forget_gcs_clients(uri: GCSURI) -> None:  # noqa: ARG001 - all of them
+    """Forget the clients of google-cloud-storage."""
+    _make_client.cache_clear()
+
+
+def client_of(uri: GCSURI, params: Params) -> Any:
+    """Give the caller's client of google-cloud-storage, or ours."""
+    given = (params or {}).get("client")
+    if given:
+        return given
+    storage = imported("google.cloud.storage", uri)
+    return _make_client(storage, environment("GOOGLE_", "STORAGE_", "GCLOUD_"), os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _make_client(storage: ModuleType, _environment: object, _pid: int) -> Any:
+    import google.auth.exceptions  # noqa: PLC0415 - comes with google-cloud-storage
+    import requests  # noqa: PLC0415 - likewise
+
+    try:
+        client = storage.Client()
+    except google.auth.exceptions.DefaultCredentialsError:
+        client = storage.Client.create_anonymous_client()  # only a public bucket answers
+    except OSError:  # the credentials name no project, and objects need none
+        client = storage.Client("none")
+    mounted(client._http, requests)  # noqa: SLF001 - its session of requests
+    return client
+
+
+def _blob(uri: GCSURI, transport_params: Params) -> Any:
+    """Name an object without asking for its properties: the SDK would read from its mediaLink."""
+    client = client_of(uri, transport_params)
+    return client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_stream.register
+def open_gcs(uri: GCSURI, transport_params: Params = None) -> BinaryIO:
+    """Open an object with smart-open."""
+    with explained(uri):
+        params = with_client(transport_params, client_of(uri, transport_params))
+        params.setdefault("get_blob_kwargs", {"generation": uri.generation})
+        return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "rb", **params)  # type: ignore[no-any-return] # smart-open has no annotations
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Registering:
+    """A client whose responses register their sockets; the user's own is left as it is."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_http":
+            return SimpleNamespace(request=self._request)  # all that a download asks of it
+        return getattr(self._client, name)
+
+    def _request(self, *args: Any, **kwargs: Any) -> Any:
+        response = self._client._http.request(*args, **kwargs)  # noqa: SLF001 - where downloads send
+        register_body(response.raw)
+        return response
+
+
+@read_range.register
+def read_gcs_range(
+    uri: GCSURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range with `download_to_file`; the generation pins the object."""
+    pin = pin or read_version(uri, transport_params)
+    if pin.size:
+        start = max(0, pin.size + offset) if offset < 0 else offset
+        with explained(uri, pin):
+            _blob(uri, transport_params).download_to_file(
+                buffers,
+                client=_Registering(client_of(uri, transport_params)),
+                start=start,
+                end=min(start + buffers.size - buffers.filled, pin.size) - 1,
+                raw_download=True,
+                if_generation_match=int(pin.tag or 0),
+                checksum=None,  # a range has none; the archive's CRCs are checked
+                timeout=timeout_of(transport_params),
+                retry=None,
+            )
+    return pin
+
+
+# ── version ───────────────────────────────────────────────────────────────────────────────────
+
+
+@read_version.register
+def read_gcs_version(uri: GCSURI, transport_params: Params = None) -> Version:
+    """Ask for the object's properties: size, generation, crc32c and MD5."""
+    with explained(uri):
+        blob = _blob(uri, transport_params)
+        blob.reload(timeout=timeout_of(transport_params), retry=None)
+        try:
+            digests = decoded({"crc32c": blob.crc32c, "md5": blob.md5_hash})
+            return Version(blob.size, str(blob.generation), digests)
+        except AttributeError as err:  # older SDKs take an answer without a body for a dict
+            raise EOFError("the answer has no body") from err
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_writer.register
+def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
+    """Write with smart-open's resumable upload, which is finished when all is written."""
+
+    def opened() -> Any:
+        params = with_client(transport_params, client_of(uri, transport_params))
+        return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "wb", **params)
+
+    return committed(uri, uri.generation, opened)

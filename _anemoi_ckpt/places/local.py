@@ -1,0 +1,178 @@
+"""Files on a disk."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+from attrs import frozen
+
+from _anemoi_ckpt.errors import (
+    AccessDeniedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidURIError,
+)
+from _anemoi_ckpt.globs import similar
+from _anemoi_ckpt.places import (
+    URI,
+    Buffers,
+    Params,
+    Version,
+    open_stream,
+    open_writer,
+    pinned,
+    read_range,
+    register_paths,
+    register_scheme,
+    schemes,
+)
+from _anemoi_ckpt.places.explained import explain, explained
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class LocalURI(URI):
+    """A file on a disk: a plain or relative path, ``~``, ``pathlib.Path``, or ``file://``."""
+
+    path: str
+
+    path_field: ClassVar[str] = "path"
+    connections: ClassVar[int] = min(4, os.cpu_count() or 1)  # threads that copy
+    credentials: ClassVar[str] = "make the file readable for the user who runs this"
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_path(text: str) -> URI:
+    """Parse a plain path.
+
+    Raises:
+        InvalidURIError: it is empty.
+    """
+    if not text:
+        raise InvalidURIError("''", "the path is empty", "give the path or URL of a checkpoint")
+    return LocalURI(text, os.path.expanduser(text))  # noqa: PTH111 - keeps ./ and // as written
+
+
+def parse_file_url(text: str) -> URI:
+    """Parse ``file:///path/to/file``, percent-encoded (RFC 8089).
+
+    Raises:
+        InvalidURIError: it names another machine, or no path.
+    """
+    url = urllib.parse.urlsplit(text)
+    if url.netloc not in ("", "localhost") or not url.path:
+        raise InvalidURIError(text, "names no file on this machine", "write file:///path/to/file")
+    return LocalURI(text, urllib.parse.unquote(text.split("://", 1)[1][len(url.netloc) :]))
+
+
+register_paths(parse_path)
+register_scheme("file", parse_file_url)
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_stream.register
+def open_file(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - a file needs none
+    """Open a file, unbuffered."""
+    with explained(uri):
+        return open(uri.path, "rb", buffering=0)  # noqa: PTH123 - the caller's to close
+
+
+@explain.register
+def explain_file_error(
+    uri: LocalURI,
+    err: Exception,
+    pin: Version | None = None,  # noqa: ARG001 - `pinned` has compared it
+) -> CheckpointError:
+    """Make a `CheckpointError` of what the operating system raised."""
+    if isinstance(err, FileNotFoundError | NotADirectoryError):
+        return _not_found(uri)
+    if isinstance(err, IsADirectoryError):
+        return InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
+    if isinstance(err, PermissionError):
+        return AccessDeniedError(uri, "the file may not be read", uri.credentials)
+    if isinstance(err, OSError):
+        return CheckpointError(uri, f"{err.strerror or err}", "check the disk")
+    return CheckpointError(uri, f"{type(err).__name__}: {err}", "check the path")  # a null in it
+
+
+def _not_found(uri: LocalURI) -> CheckpointError:
+    """Say what of a path is not there, and which files beside it have similar names."""
+    path = Path(uri.path)
+    scheme = uri.path.partition(":/")[0]
+    if scheme in schemes():
+        return CheckpointNotFoundError(
+            uri, f"there is no folder {scheme}:", f"write {scheme}:// with two slashes"
+        )
+    if not path.parent.is_dir():
+        return CheckpointNotFoundError(
+            uri, f"the directory {path.parent} does not exist", "check the path"
+        )
+    names = [other.name for other in path.parent.iterdir()]
+    found = similar(path.name, names)
+    remedy = f"is it one of these: {', '.join(found)}?" if found else "check the name"
+    return CheckpointNotFoundError(uri, "there is no such file", remedy)
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@read_range.register
+def read_file_range(
+    uri: LocalURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range of a file. Its version is its inode and the time it was last written to."""
+    with open_stream(uri, transport_params) as stream, explained(uri):
+        status = os.fstat(stream.fileno())
+        version = Version(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
+        pinned(uri, version, pin)
+        stream.seek(max(0, version.size + offset) if offset < 0 else offset)
+        buffers.readfrom(stream)
+    return version
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_writer.register
+@contextmanager
+def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # noqa: ARG001 - a file needs none
+    """Write to a hidden file beside the target, which takes its place when all is written."""
+    path = Path(uri.path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # no other call's
+    try:
+        with explained_writing(uri), part.open("wb") as stream:
+            yield stream
+        with explained_writing(uri):
+            part.replace(path)
+    finally:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            part.unlink()
+
+
+@contextmanager
+def explained_writing(uri: LocalURI) -> Iterator[None]:
+    """Turn what the operating system raises while a file is written into a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as err:
+        kind = AccessDeniedError if isinstance(err, PermissionError) else CheckpointError
+        kind = CheckpointNotFoundError if isinstance(err, FileNotFoundError) else kind
+        remedy = "check the folder, its permissions and the room on the disk"
+        raise kind(uri, f"it cannot be written ({err.strerror or err})", remedy) from err

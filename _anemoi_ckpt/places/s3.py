@@ -1,0 +1,207 @@
+"""S3, and every store that speaks it, through boto3 and smart-open."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from contextlib import closing
+from types import ModuleType
+from typing import Any, BinaryIO, ClassVar
+
+from attrs import frozen
+
+from _anemoi_ckpt.errors import USERINFO, InvalidURIError
+from _anemoi_ckpt.places import (
+    CONNECTIONS,
+    URI,
+    Buffers,
+    Params,
+    UnrangedError,
+    Version,
+    Writer,
+    bucket_and_key,
+    connect,
+    environment,
+    forget_clients,
+    imported,
+    open_stream,
+    open_writer,
+    pinned,
+    read_range,
+    read_version,
+    register_scheme,
+    timeout_of,
+    with_client,
+)
+from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.interrupts import interruptible
+from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
+from _anemoi_ckpt.places.uploading import committed
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class S3URI(URI):
+    """An object in S3 or a store that speaks S3: ``s3://bucket/key[?versionId=…]``."""
+
+    bucket: str
+    key: str
+    version_id: str | None = None
+
+    path_field: ClassVar[str] = "key"
+    extra: ClassVar[str | None] = "s3"
+    params: ClassVar[tuple[str, ...] | None] = ("client",)
+    writer_params: ClassVar[tuple[str, ...]] = (  # smart_open.s3's
+        *("client_kwargs", "min_part_size", "multipart_upload", "writebuffer"),
+    )
+    credentials: ClassVar[str] = (
+        "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL "
+        "for a store that is not Amazon's), or give transport_params={'client': …}"
+    )
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_s3(text: str) -> URI:
+    """Parse ``s3://bucket/key[?versionId=…]``.
+
+    Raises:
+        InvalidURIError: bucket or key is empty, or there are credentials in it.
+    """
+    rest, _, version = text.split("://", 1)[1].partition("?versionId=")
+    if USERINFO.match(text):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        raise InvalidURIError(text, "has credentials in it", remedy)
+    return S3URI(text, *bucket_and_key(text, rest), version or None)
+
+
+register_scheme("s3", parse_s3)
+
+
+# ── client ────────────────────────────────────────────────────────────────────────────────────
+
+
+@connect.register
+def connect_s3(uri: S3URI, transport_params: Params = None) -> None:
+    """Make the client of boto3."""
+    with explained(uri):
+        client_of(uri, transport_params)
+
+
+@forget_clients.register
+def forget_s3_clients(uri: S3URI) -> None:  # noqa: ARG001 - all of them
+    """Forget the clients of boto3."""
+    _make_client.cache_clear()
+
+
+def client_of(uri: S3URI, params: Params) -> Any:
+    """Give the caller's client of boto3, or ours."""
+    given = (params or {}).get("client")
+    return given or _make_client(
+        imported("boto3", uri), timeout_of(params), environment("AWS_"), os.getpid()
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: int) -> Any:
+    import botocore  # noqa: PLC0415 - comes with boto3
+    import botocore.config  # noqa: PLC0415 - likewise
+
+    session = boto3.Session()
+    public = session.get_credentials() is None  # then only a public bucket answers
+    client = session.client(
+        "s3",
+        # boto3 asks for a region even where a store has none
+        region_name=session.region_name or "us-east-1",
+        config=botocore.config.Config(
+            max_pool_connections=CONNECTIONS,
+            connect_timeout=timeout,
+            read_timeout=timeout,
+            retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
+            signature_version=botocore.UNSIGNED if public else None,
+        ),
+    )
+    http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
+    classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
+    http_session._pool_classes_by_scheme = classes  # noqa: SLF001 - for proxies
+    http_session._manager.pool_classes_by_scheme = classes  # noqa: SLF001 - for all others
+    return client
+
+
+# ── open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_stream.register
+def open_s3(uri: S3URI, transport_params: Params = None) -> BinaryIO:
+    """Open an object with boto3: smart-open's reader resumes, even in another version."""
+    version = {"VersionId": uri.version_id} if uri.version_id else {}
+    with explained(uri):
+        client = client_of(uri, transport_params)
+        body = client.get_object(Bucket=uri.bucket, Key=uri.key, **version)["Body"]
+        register_body(getattr(body, "_raw_stream", None))
+        return body  # type: ignore[no-any-return] # boto3 has no annotations
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@read_range.register
+def read_s3_range(
+    uri: S3URI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range with GetObject; the ETag pins the object."""
+    options = {"Bucket": uri.bucket, "Key": uri.key, "Range": range_header(offset, buffers)}
+    if pin and pin.tag:
+        options["IfMatch"] = pin.tag
+    if uri.version_id:
+        options["VersionId"] = uri.version_id
+    with explained(uri, pin):
+        response = client_of(uri, transport_params).get_object(**options)
+        with closing(response["Body"]) as body:
+            if "ContentRange" not in response:  # some stores that speak S3 ignore Range
+                raise UnrangedError
+            size = int(response["ContentRange"].rpartition("/")[2])
+            version = pinned(uri, Version(size, response.get("ETag")), pin)
+            read_socket(getattr(body, "_raw_stream", body), buffers)
+    return version
+
+
+# ── version ───────────────────────────────────────────────────────────────────────────────────
+
+
+@read_version.register
+def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
+    """Ask with HeadObject. The ETag of a single-part upload is its MD5, unless KMS encrypts it."""
+    options = {"Bucket": uri.bucket, "Key": uri.key, "ChecksumMode": "ENABLED"}
+    if uri.version_id:
+        options["VersionId"] = uri.version_id
+    with explained(uri):
+        response = client_of(uri, transport_params).head_object(**options)
+    names = ("sha256", "sha1", "crc32", "crc32c")
+    digests = decoded({name: response.get(f"Checksum{name.upper()}") for name in names})
+    tag = response.get("ETag")
+    single = re.fullmatch(r'"([0-9a-f]{32})"', tag or "")
+    if single and response.get("ServerSideEncryption", "AES256") == "AES256":
+        digests["md5"] = bytes.fromhex(single[1])
+    return Version(response["ContentLength"], tag, digests)
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@open_writer.register
+def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
+    """Write with smart-open's multipart upload, which is completed when all is written."""
+
+    def opened() -> Any:
+        params = with_client(transport_params, client_of(uri, transport_params))
+        return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
+
+    return committed(uri, uri.version_id, opened)

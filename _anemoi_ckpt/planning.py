@@ -1,0 +1,128 @@
+"""The plan: a checkpoint put through strategies, and the records that the result still needs."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from _anemoi_ckpt.errors import UNPLACED, CheckpointError, redact
+from _anemoi_ckpt.formats import Archive
+from _anemoi_ckpt.hollow import AskedError, Ledger, build, watching
+from _anemoi_ckpt.opening import Opened
+from _anemoi_ckpt.pickles.inert import walk
+from _anemoi_ckpt.pickles.reading import Trust
+from _anemoi_ckpt.steps import run
+
+Strategy = Callable[[Any], Any]
+SMALL_BYTES = 64 * 1024  # of a record that is worth no round of its own: a flag, a counter
+
+
+@frozen
+class Planned:
+    """What strategies made of a checkpoint, and the records whose values it still needs."""
+
+    result: Any  # hollow as long as it needs any
+    needed: frozenset[str]  # keys of `Archive.records`
+
+
+def planned(
+    opened: Opened,
+    storages: Mapping[str, torch.UntypedStorage],
+    strategies: Sequence[Strategy],
+    trust: Trust,
+) -> Planned:
+    """Put a checkpoint through strategies, with the storages that are there; moves nothing.
+
+    With none, every tensor is hollow, and what the result needs is the plan of a load. Where a
+    strategy asks for values that are not there, these are needed, and there is no result to trust.
+
+    Args:
+        opened: the open checkpoint.
+        storages: by record key: the values that have been fetched.
+        strategies: applied from left to right.
+        trust: which names of the pickle may be run.
+
+    Raises:
+        CheckpointError: the pickle cannot be read.
+        Exception: what a strategy raises, if not for lack of values.
+    """
+    archive = opened.archive
+    absent = frozenset(archive.records.keys() - storages.keys())
+    ledger = Ledger()
+    watch = functools.partial(watching, ledger) if absent else nullcontext
+    try:
+        with watch() if trust else nullcontext():  # whose code is that of the checkpoint
+            checkpoint = [build(archive, storages, ledger, trust)]
+    except (Exception, AskedError) as err:
+        if absent and ledger.was_asked(err):
+            return Planned(None, absent)
+        raise
+    bare = ledger.keys_at(leaf for _, leaf in walk(checkpoint) if torch.is_storage(leaf))
+    if bare:  # no mode hears what these are asked
+        return Planned(None, frozenset(bare))
+    try:
+        with watch():
+            result = applied(strategies, checkpoint.pop(), archive.place)  # keeps nothing alive
+    except (Exception, AskedError) as err:
+        if absent and ledger.was_asked(err):
+            return Planned(None, _asked(ledger, archive, storages) or absent)
+        raise
+    if not absent:
+        return Planned(result, absent)
+    if ledger.was_asked():  # and a strategy caught the error and went on
+        return Planned(result, _asked(ledger, archive, storages))
+    needed = _living(ledger, result)
+    if not needed and _has_hollow(result):
+        needed = absent
+    return Planned(result, needed)
+
+
+def _asked(
+    ledger: Ledger, archive: Archive, storages: Mapping[str, torch.UntypedStorage]
+) -> frozenset[str]:
+    """Choose what to fetch for a strategy that asked for values: in few rounds, and few bytes.
+
+    First that alone, then all that is small, then all that the strategy may still ask for.
+    """
+    if not storages:
+        return frozenset(ledger.asked)
+    if sum(storage.nbytes() for storage in storages.values()) > SMALL_BYTES:
+        return frozenset(ledger.living)
+    small = {key for key in ledger.living if archive.records[key].size <= SMALL_BYTES}
+    return frozenset(ledger.asked | small)
+
+
+def _living(ledger: Ledger, result: Any) -> frozenset[str]:
+    """Give the absent records whose values are in tensors that a result may hold."""
+    if ledger.origins() - ledger.keys_of(*_on_meta(result)):
+        gc.collect()  # what was dropped may hang in a cycle
+    return frozenset(ledger.origins())
+
+
+def applied(strategies: Sequence[Strategy], checkpoint: Any, place: object) -> Any:
+    """Put a checkpoint through strategies; an error of theirs tells which one was loaded."""
+    try:
+        for strategy in strategies:
+            checkpoint = run(strategy, checkpoint)
+    except Exception as err:
+        if isinstance(err, CheckpointError) and err.place == UNPLACED:
+            err.name_place(place)
+        else:
+            err.add_note(f"while loading {redact(str(place))}")
+        raise
+    return checkpoint
+
+
+def _has_hollow(result: Any) -> bool:
+    """Tell whether there are tensors on the meta device; a strategy may have made its own there."""
+    return next(_on_meta(result), None) is not None
+
+
+def _on_meta(result: Any) -> Iterator[torch.Tensor]:
+    return (leaf for _, leaf in walk(result) if isinstance(leaf, torch.Tensor) and leaf.is_meta)

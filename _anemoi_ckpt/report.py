@@ -1,0 +1,118 @@
+"""What `load_into` loaded, and what it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from _anemoi_ckpt.errors import redact
+from _anemoi_ckpt.loading import Loaded
+from _anemoi_ckpt.matching import Dtypes, Match, Original, Shapes, compared, listed, tensors_of
+from _anemoi_ckpt.tables import Table, folded, section
+from _anemoi_ckpt.variables import compare, paired, read_model, recast, with_roles
+
+
+@frozen(repr=False, eq=False)
+class Report(Table):
+    """What `load_into` loaded, and what it did not. Prints as a table, in notebooks, too."""
+
+    place: str
+    loaded: tuple[str, ...]  # names in the model
+    missing: tuple[str, ...]  # in the model, not in the checkpoint
+    unexpected: tuple[str, ...]  # in the checkpoint, not in the model
+    mismatched: Shapes  # name: shape in the checkpoint, shape in the model
+    renamed: Mapping[str, str]  # name in the checkpoint: name in the model
+    restored: tuple[str, ...]  # "optimizer", "scheduler"
+    bytes_moved: int
+    bytes_stored: int
+    seconds: float
+    rest: Mapping[str, Any]  # the checkpoint's other entries
+    # kept, of these moved and recast (in another role); new, gone: if both sides tell
+    variables: Mapping[str, tuple[str, ...]]
+    aligned: tuple[str, ...]  # tensors that were put into the order of the model's variables
+    on_meta: tuple[str, ...] = ()  # left on the meta device: buffers that no checkpoint has
+    # name: dtype in the checkpoint, in the model; the cast lost more than it rounded
+    lossy: Mapping[str, Dtypes] = {}
+
+    def _rows(self) -> list[tuple[str, str]]:
+        moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
+        rows = [("checkpoint", self.place)]
+        if stored:  # zero for a checkpoint in memory
+            rows.append(("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"))
+        sections: dict[str, Sequence[str]] = {
+            "loaded": folded(self.loaded),
+            "missing": folded(self.missing),
+            "unexpected": folded(self.unexpected),
+            "mismatched": compared(self.mismatched),
+            "renamed": _arrows(self.renamed),
+            "restored": self.restored,
+        }
+        if self.variables:
+            sections["aligned"] = folded(self.aligned)
+        for heading, lines in sections.items():
+            rows += section(f"{heading} {len(getattr(self, heading))}", lines)
+        if self.on_meta:
+            rows += section(f"on meta {len(self.on_meta)}", folded(self.on_meta))
+        if self.lossy:
+            casts = [
+                f"{n}: {old} to {new}".replace("torch.", "") for n, (old, new) in self.lossy.items()
+            ]
+            rows += section(f"lost by dtype {len(self.lossy)}", casts)
+        lines = [f"{len(n)} {kind}: {listed(n)}" for kind, n in self.variables.items() if n]
+        rows += section("variables", lines) if lines else []
+        return [*rows, ("rest", ", ".join(map(str, self.rest)))]
+
+
+def reported(place: str, model: torch.nn.Module, loaded: Loaded, seconds: float) -> Report:
+    """Make the report of a load whose match was installed."""
+    match: Match = loaded.result
+    absent = {*match.missing, *match.mismatched}
+    return Report(
+        place=redact(place),
+        loaded=tuple(name for name in tensors_of(model) if name not in absent),
+        missing=match.missing,
+        unexpected=match.unexpected,
+        mismatched=match.mismatched,
+        renamed=match.renamed,
+        restored=tuple(kind for kind, states in match.states.items() if states),
+        bytes_moved=loaded.bytes_moved,
+        bytes_stored=loaded.bytes_stored,
+        seconds=seconds,
+        rest=match.rest,
+        variables=_fate_of_variables(model, match.original),
+        aligned=tuple(match.original.alignment.tensors),
+        on_meta=match.on_meta,
+        lossy=match.lossy,
+    )
+
+
+def _fate_of_variables(model: torch.nn.Module, original: Original) -> dict[str, tuple[str, ...]]:
+    """List the variables by what became of them; empty unless both sides know theirs."""
+    known, pairs = read_model(model), original.alignment.pairs
+    named = {dataset: pair for dataset, (pair, _) in paired(pairs, known).items()}  # as the model's
+    both = paired(original.variables, known)
+    read = {n: pair for n, pair in both.items() if n in original.variables or len(known) == 1}
+    pairs = read | (named or pairs)
+    fates: dict[str, tuple[str, ...]] = {}
+    for dataset, (old, new) in pairs.items():
+        differences = compare(old.index, new.index)
+        kinds = {
+            "kept": [name for name in new.index if name in old.index],
+            "moved": differences["moved"],
+            "new": differences["added"],
+            "gone": differences["removed"],
+            "recast": recast(with_roles(old, new), with_roles(new, old)),
+        }
+        prefix = f"{dataset}." if len(pairs) > 1 else ""
+        for kind, names in kinds.items():
+            fates[kind] = fates.get(kind, ()) + tuple(prefix + name for name in names)
+    return fates
+
+
+def _arrows(renamed: Mapping[str, str]) -> list[str]:
+    old, new = folded(renamed), folded(renamed.values())
+    pairs = zip(old, new, strict=True) if len(old) == len(new) else renamed.items()
+    return [f"{before} → {after}" for before, after in pairs]
