@@ -9,6 +9,7 @@ with your own credentials) and ANEMOI_CKPT_TEST_HTTP (the URL of one file; make 
 import contextlib
 import itertools
 import os
+import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -110,13 +111,17 @@ def _bare_environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """`~` is an empty folder: no ~/.aws, ~/.netrc, ~/.config/gcloud, and a cache of its own."""
     home = tmp_path_factory.mktemp("home")
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(home / "gcloud"))
     monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(home / "cache"))
+    yield
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _testers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
