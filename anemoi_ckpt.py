@@ -8,7 +8,7 @@ Read from top to bottom, this is the way that a checkpoint takes, by rooms of `_
     Planned.needed ──fetched──▶ storages, CRC-checked                              fetching
     storages ──planned(strategies)──▶ result                                       loading
 
-load · look · keep · install
+load · look · keep · plug in · install
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +54,20 @@ from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     Version,
     check_params,
+    list_page,
     open_stream,
     open_writer,
+    parse_folder,
     parse_uri,
     read_range,
     read_version,
     register_scheme,
+    remove_object,
     resolve,
 )
 from _anemoi_ckpt.places.azure import AzureURI
@@ -77,7 +83,8 @@ from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
 from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.steps import takes_strategies
-from _anemoi_ckpt.transport import RETRIES, Transport, locate
+from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
+from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate
 
 __all__ = [
     "GCSURI",
@@ -93,6 +100,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "Contents",
     "CorruptError",
+    "Entry",
     "Inert",
     "InertGlobal",
     "InvalidURIError",
@@ -101,11 +109,16 @@ __all__ = [
     "MismatchError",
     "MissingPackageError",
     "NotACheckpointError",
+    "Page",
     "Report",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
+    "checkpoint_io",
     "download",
+    "latest",
+    "list_objects",
+    "list_page",
     "load",
     "load_into",
     "main",
@@ -117,6 +130,7 @@ __all__ = [
     "read_range",
     "read_version",
     "register_scheme",
+    "remove_object",
     "resolve",
     "save",
 ]
@@ -279,6 +293,94 @@ def metadata(
     return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
 
 
+@public
+def list_objects(
+    folder: str | os.PathLike[str] | URI,
+    *,
+    recursive: bool = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> list[Entry]:
+    """List what is in a folder: of a disk, or of a bucket in S3, Google Cloud or Azure.
+
+    Args:
+        folder: a path or URL, such as ``s3://bucket/run/``, or a bucket.
+        recursive: whether to list all that lies beneath it; folders are then left out.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`.
+
+    Returns:
+        Objects and folders in the order of their paths. A store knows no empty folders: there
+        the list is empty, where a disk raises.
+
+    Raises:
+        CheckpointError: the folder or bucket cannot be listed.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> path = save({"w": torch.ones(2)}, folder + "/last.ckpt")
+    >>> [entry.uri.filename for entry in list_objects(folder)]
+    ['last.ckpt']
+    """
+    transport = Transport(transport_params, retries, timeout)
+    uri = parse_folder(folder)
+    check_params(uri, transport.params)
+    return list(listed(uri, transport, recursive=recursive))
+
+
+@public
+def latest(
+    folder: str | os.PathLike[str] | URI,
+    *,
+    key: Callable[[Entry], Any] | None = None,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> URI:
+    """Tell where the newest checkpoint of a folder is.
+
+    Its name ends with ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
+
+    Args:
+        folder: as for `list_objects`.
+        key: what the newest has the greatest of; when it was last written to, if none is given.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint in the folder.
+        CheckpointError: the folder cannot be listed.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> path = save({"w": torch.ones(2)}, folder + "/last.ckpt")
+    >>> latest(folder).filename
+    'last.ckpt'
+    """
+    entries = list_objects(
+        folder, retries=retries, timeout=timeout, transport_params=transport_params
+    )
+    found = [each for each in entries if each.uri.filename.endswith(_CHECKPOINTS)]
+    if not found:
+        names = [each.uri.filename for each in entries]
+        raise CheckpointNotFoundError(
+            parse_folder(folder),
+            "there is no checkpoint in this folder",
+            f"in it: {', '.join(names[:3])}" if names else "check the name: it is empty",
+        )
+    return max(reversed(found), key=key or _last_written).uri
+
+
+def _last_written(entry: Entry) -> Any:
+    return entry.modified
+
+
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -412,6 +514,44 @@ def _members(uri: URI, params: Params) -> dict[str, Any]:
     if found is None:
         return {}
     return _metadata.embedded(found, _metadata.read_array_bytes(checkpoint, found))
+
+
+# ── plug in ───────────────────────────────────────────────────────────────────────────────────
+
+
+@takes_strategies
+@public
+def checkpoint_io(
+    *strategies: Strategy,
+    transport_params: Params = None,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    **options: Any,
+) -> Any:
+    """Make what lets Lightning's Trainer read and write its checkpoints at any place.
+
+    ``trainer = Trainer(plugins=[checkpoint_io()])`` resumes with
+    ``trainer.fit(model, ckpt_path="s3://…")``, and writes where
+    ``ModelCheckpoint(dirpath="s3://…")`` and ``trainer.save_checkpoint("gs://…")`` say, all or
+    nothing. Make it before the ModelCheckpoint: that asks fsspec for the store, and where fsspec
+    has no package for it, the plugin answers.
+
+    Args:
+        strategies: what a checkpoint is put through when it is read.
+        transport_params: as for `load`, for what is written too.
+        retries: as for `load`.
+        timeout: as for `load`.
+        options: what else `load` takes by keyword, such as `trust` and `cached`.
+
+    Raises:
+        TypeError: a strategy is not a function, or `load` has no such option.
+        MissingPackageError: Lightning is not installed.
+    """
+    transport = Transport(transport_params, retries, timeout)
+    options |= {"transport_params": transport_params, "retries": retries, "timeout": timeout}
+    inspect.signature(load).bind("", **options)  # a typing error is told now
+    checked("checkpoint_io", strategies, options.get("trust", False))
+    return make_checkpoint_io(lambda path: load(path, *strategies, **options), transport)
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

@@ -23,11 +23,13 @@ from _anemoi_ckpt.places import (
     TIMEOUT_SECONDS,
     URI,
     Buffers,
+    Entry,
     Notify,
     Params,
     UnrangedError,
     Version,
     check_params,
+    list_page,
     open_stream,
     parse_uri,
     read_range,
@@ -277,6 +279,22 @@ def find_version(uri: URI, transport: Transport) -> Version:
     if not version.size:
         raise empty_file(uri)
     return version
+
+
+def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterator[Entry]:
+    """List the objects whose paths begin with that of `uri`, page by page as they are asked for.
+
+    Raises:
+        CheckpointError: as `list_page`, after too many attempts at one page.
+    """
+    token: str | None = None
+    while True:
+        ask = partial(list_page, uri, token, transport.params, recursive=recursive)
+        page = attempted(transport, ask)
+        yield from page.entries
+        token = page.token
+        if token is None:
+            return
 
 
 def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify) -> None:

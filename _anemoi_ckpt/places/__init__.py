@@ -1,8 +1,9 @@
 """Where a checkpoint can be, and the verbs that every kind of place answers.
 
 A kind of place is a frozen class and a module of its own, in one order: URI, parse, client, open,
-range, version, write. Each module registers its handlers with the verbs below (`functools`'
-singledispatch) and its schemes with `register_scheme`. `anemoi_ckpt` imports them all.
+range, version, list, write, remove. Each module registers its handlers with the verbs below
+(`functools`' singledispatch) and its schemes with `register_scheme`. `anemoi_ckpt` imports them
+all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
+from datetime import datetime
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar, TypeAlias
 
@@ -163,15 +165,38 @@ def bucket_and_key(text: str, path: str) -> tuple[str, str]:
 def sibling(uri: URI, name: str) -> URI:
     """Name another file beside one: in its newest version, with the same credentials."""
 
-    def beside(value: str) -> str:
-        path, mark, query = value.partition("?") if uri.is_url else (value, "", "")
+    def beside(value: str, is_url: bool) -> str:
+        path, mark, query = value.partition("?") if is_url else (value, "", "")
         folder = path[: len(path) - len(path.rpartition("/")[2])]
-        return folder + (urllib.parse.quote(name) if uri.is_url else name) + mark + query
+        return folder + (urllib.parse.quote(name) if is_url else name) + mark + query
 
     known = {each.name for each in fields(type(uri))}
     changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
-    changes |= {each: beside(getattr(uri, each)) for each in ("text", uri.path_field)}
+    changes["text"] = beside(uri.text, uri.is_url or uri.text.startswith(("http://", "https://")))
+    if uri.path_field != "text":
+        changes[uri.path_field] = beside(getattr(uri, uri.path_field), uri.is_url)
     return evolve(uri, **changes)
+
+
+_WITH_SAS = re.compile(r"(.*?)/*(\?(?:.*&)?sig=.*)?", re.DOTALL)  # Azure's signature of a URL
+
+
+def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
+    """Tell what kind of place a folder is in: its path ends with a slash, or is empty.
+
+    Args:
+        place: a path or URL of a folder, or a URI, which names one already.
+
+    Raises:
+        InvalidURIError: as `parse_uri`.
+
+    >>> parse_folder("s3://bucket/run").key
+    'run/'
+    """
+    if isinstance(place, URI):
+        return place
+    path, query = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
+    return sibling(parse_uri(f"{path}/-{query}"), "")
 
 
 @functools.singledispatch
@@ -424,6 +449,72 @@ def read_version(uri: URI, transport_params: Params = None) -> Version:
     return read_range(uri, 0, Buffers(bytearray(1)), None, transport_params)
 
 
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class Entry:
+    """What a listing tells of an object, or of a folder: then its path ends with a slash."""
+
+    uri: URI
+    size: int | None = None
+    """In bytes; None of a folder."""
+    modified: datetime | None = None
+    """When it was last written to, in UTC; None of a folder."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder: more lies beneath it."""
+        return str(getattr(self.uri, self.uri.path_field)).endswith("/")
+
+    @classmethod
+    def beneath(
+        cls, uri: URI, path: str, size: int | None = None, modified: datetime | None = None
+    ) -> Entry:
+        """Make an entry of a path that was found when `uri` was listed."""
+        listed = str(getattr(uri, uri.path_field))
+        return cls(sibling(uri, path[listed.rfind("/") + 1 :]), size, modified)
+
+
+def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: str(getattr(entry.uri, entry.uri.path_field)))
+
+
+@frozen
+class Page:
+    """A part of a listing, in the order of the paths."""
+
+    entries: list[Entry] = field(converter=_in_order)
+    token: str | None = None
+    """What to ask for the next part with; None after the last."""
+
+
+@functools.singledispatch
+def list_page(
+    uri: URI,
+    token: str | None = None,  # noqa: ARG001 - for handlers
+    transport_params: Params = None,  # noqa: ARG001 - likewise
+    *,
+    recursive: bool = False,  # noqa: ARG001 - likewise
+) -> Page:
+    """List the objects whose paths begin with that of `uri`, in the order of their paths.
+
+    Args:
+        uri: a beginning of paths. A folder's ends with a slash.
+        token: of the page before, or None for the first.
+        transport_params: as for `open_stream`.
+        recursive: whether to list what lies in folders beneath it, not the folders.
+
+    Raises:
+        CheckpointError: as `open_stream`; InvalidURIError where this kind of place lists nothing.
+    """
+    raise InvalidURIError(
+        uri,
+        f"a {type(uri).__name__} does not tell what is in it",
+        "name the file, or add @list_page.register",
+    )
+
+
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -452,3 +543,24 @@ def open_writer(uri: _Place, transport_params: Params = None) -> Writer:  # noqa
 def open_text_writer(uri: str | os.PathLike, transport_params: Params = None) -> Writer:  # type: ignore[type-arg] # as for open_stream
     """Parse a text, and open the place that it names for writing."""
     return open_writer(parse_uri(uri), transport_params)
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.singledispatch
+def remove_object(uri: URI, transport_params: Params = None) -> None:  # noqa: ARG001 - for handlers
+    """Remove an object. Where there is none, nothing happens.
+
+    Args:
+        uri: the place.
+        transport_params: as for `open_stream`.
+
+    Raises:
+        CheckpointError: no access, no answer, or nothing can be removed from this kind of place.
+    """
+    raise InvalidURIError(
+        uri,
+        f"nothing can be removed from a {type(uri).__name__}",
+        "remove it by other means, or add @remove_object.register",
+    )

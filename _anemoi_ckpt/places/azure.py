@@ -18,6 +18,8 @@ from _anemoi_ckpt.places import (
     LONG_PART_BYTES,
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     Version,
     Writer,
@@ -25,12 +27,14 @@ from _anemoi_ckpt.places import (
     environment,
     forget_clients,
     imported,
+    list_page,
     open_stream,
     open_writer,
     pinned,
     read_range,
     read_version,
     register_scheme,
+    remove_object,
     timeout_of,
     with_client,
 )
@@ -263,6 +267,32 @@ def read_azure_version(uri: AzureURI, transport_params: Params = None) -> Versio
         return Version(properties.size, properties.etag, {"md5": bytes(md5)} if md5 else {})
 
 
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@list_page.register
+def list_azure_page(
+    uri: AzureURI,
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List with List Blobs, five thousand a page."""
+    with explained(uri):
+        container = client_of(uri, transport_params).get_container_client(uri.container)
+        listed = container.list_blobs if recursive else container.walk_blobs
+        pages = listed(name_starts_with=uri.blob).by_page(token)
+        entries = [
+            Entry.beneath(uri, blob.name)
+            if blob.name.endswith("/")
+            else Entry.beneath(uri, blob.name, blob.size, blob.last_modified)
+            for blob in next(pages, ())
+            if blob.name != uri.blob or not uri.blob.endswith("/")
+        ]
+        return Page(entries, pages.continuation_token or None)
+
+
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,3 +305,14 @@ def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
         return imported("smart_open.azure", uri).open(uri.container, uri.blob, "wb", **params)
 
     return committed(uri, uri.snapshot or uri.version_id, opened)
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@remove_object.register
+def remove_azure(uri: AzureURI, transport_params: Params = None) -> None:
+    """Remove with Delete Blob."""
+    missing = imported("azure.core.exceptions", uri).ResourceNotFoundError
+    with explained(uri), suppress(missing):
+        _blob(uri, transport_params).delete_blob()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
@@ -13,6 +14,8 @@ from attrs import frozen
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     Version,
     Writer,
@@ -20,11 +23,13 @@ from _anemoi_ckpt.places import (
     environment,
     forget_clients,
     imported,
+    list_page,
     open_stream,
     open_writer,
     read_range,
     read_version,
     register_scheme,
+    remove_object,
     timeout_of,
     with_client,
 )
@@ -190,6 +195,32 @@ def read_gcs_version(uri: GCSURI, transport_params: Params = None) -> Version:
             raise EOFError("the answer has no body") from err
 
 
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@list_page.register
+def list_gcs_page(
+    uri: GCSURI,
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List with Objects: list, a thousand objects a page."""
+    options = {"prefix": uri.name, "page_token": token, "delimiter": None if recursive else "/"}
+    patience = {"timeout": timeout_of(transport_params), "retry": None}
+    with explained(uri):
+        blobs = client_of(uri, transport_params).list_blobs(uri.bucket, **options, **patience)
+        page = next(blobs.pages, ())
+        entries = [
+            Entry.beneath(uri, blob.name, blob.size, blob.updated)
+            for blob in page
+            if blob.name != uri.name or not uri.name.endswith("/")  # the mark of an empty folder
+        ]
+        entries += [Entry.beneath(uri, prefix) for prefix in blobs.prefixes]
+        return Page(entries, blobs.next_page_token)
+
+
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -202,3 +233,15 @@ def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
         return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "wb", **params)
 
     return committed(uri, uri.generation, opened)
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@remove_object.register
+def remove_gcs(uri: GCSURI, transport_params: Params = None) -> None:
+    """Remove with Objects: delete."""
+    import google.api_core.exceptions  # noqa: PLC0415 - comes with google-cloud-storage
+
+    with explained(uri), suppress(google.api_core.exceptions.NotFound):
+        _blob(uri, transport_params).delete(timeout=timeout_of(transport_params), retry=None)

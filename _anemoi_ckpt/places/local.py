@@ -7,6 +7,7 @@ import urllib.parse
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
@@ -22,14 +23,18 @@ from _anemoi_ckpt.globs import similar
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     Version,
+    list_page,
     open_stream,
     open_writer,
     pinned,
     read_range,
     register_paths,
     register_scheme,
+    remove_object,
     schemes,
 )
 from _anemoi_ckpt.places.explained import explain, explained
@@ -121,7 +126,8 @@ def _not_found(uri: LocalURI) -> CheckpointError:
     names = [other.name for other in path.parent.iterdir()]
     found = similar(path.name, names)
     remedy = f"is it one of these: {', '.join(found)}?" if found else "check the name"
-    return CheckpointNotFoundError(uri, "there is no such file", remedy)
+    kind = "folder" if uri.path.endswith("/") else "file"
+    return CheckpointNotFoundError(uri, f"there is no such {kind}", remedy)
 
 
 # ── range ─────────────────────────────────────────────────────────────────────────────────────
@@ -143,6 +149,43 @@ def read_file_range(
         stream.seek(max(0, version.size + offset) if offset < 0 else offset)
         buffers.readfrom(stream)
     return version
+
+
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@list_page.register
+def list_folder(
+    uri: LocalURI,
+    token: str | None = None,  # noqa: ARG001 - a folder is one page
+    transport_params: Params = None,  # noqa: ARG001 - a file needs none
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List a folder: what vanishes meanwhile is left out."""
+    with explained(uri):
+        paths = list(_paths(os.path.dirname(uri.path) or ".", uri.path, recursive=recursive))  # noqa: PTH120 - keeps ./ and // as written
+    return Page([entry for path in paths for entry in _entries(uri, path)])
+
+
+def _paths(folder: str, beginning: str, *, recursive: bool) -> Iterator[str]:
+    for each in os.scandir(folder):
+        path = each.path.removeprefix("./") if not beginning.startswith("./") else each.path
+        if each.is_dir():
+            path += "/"
+        if path.startswith(beginning):
+            deeper = recursive and each.is_dir(follow_symlinks=False)  # links may go in circles
+            yield from _paths(path, path, recursive=True) if deeper else [path]
+
+
+def _entries(uri: LocalURI, path: str) -> Iterator[Entry]:
+    if path.endswith("/"):
+        yield Entry.beneath(uri, path)
+        return
+    with suppress(FileNotFoundError):
+        status = Path(path).stat()
+        modified = datetime.fromtimestamp(status.st_mtime, UTC)
+        yield Entry.beneath(uri, path, status.st_size, modified)
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
@@ -176,3 +219,13 @@ def explained_writing(uri: LocalURI) -> Iterator[None]:
         kind = CheckpointNotFoundError if isinstance(err, FileNotFoundError) else kind
         remedy = "check the folder, its permissions and the room on the disk"
         raise kind(uri, f"it cannot be written ({err.strerror or err})", remedy) from err
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@remove_object.register
+def remove_file(uri: LocalURI, transport_params: Params = None) -> None:  # noqa: ARG001 - a file needs none
+    """Remove a file. A link is removed, not what it leads to."""
+    with explained(uri), suppress(FileNotFoundError, NotADirectoryError):
+        Path(uri.path).unlink()

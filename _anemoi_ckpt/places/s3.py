@@ -16,6 +16,8 @@ from _anemoi_ckpt.places import (
     CONNECTIONS,
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     UnrangedError,
     Version,
@@ -25,12 +27,14 @@ from _anemoi_ckpt.places import (
     environment,
     forget_clients,
     imported,
+    list_page,
     open_stream,
     open_writer,
     pinned,
     read_range,
     read_version,
     register_scheme,
+    remove_object,
     timeout_of,
     with_client,
 )
@@ -193,6 +197,32 @@ def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
     return Version(response["ContentLength"], tag, digests)
 
 
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@list_page.register
+def list_s3_page(
+    uri: S3URI,
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List with ListObjectsV2, a thousand objects a page."""
+    options = {"Bucket": uri.bucket, "Prefix": uri.key}
+    options |= {} if recursive else {"Delimiter": "/"}
+    options |= {"ContinuationToken": token} if token else {}
+    with explained(uri):
+        answer = client_of(uri, transport_params).list_objects_v2(**options)
+    entries = [Entry.beneath(uri, each["Prefix"]) for each in answer.get("CommonPrefixes", ())]
+    entries += [
+        Entry.beneath(uri, each["Key"], each["Size"], each["LastModified"])
+        for each in answer.get("Contents", ())
+        if each["Key"] != uri.key or not uri.key.endswith("/")  # the mark of an empty folder
+    ]
+    return Page(entries, answer.get("NextContinuationToken"))
+
+
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -205,3 +235,15 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
 
     return committed(uri, uri.version_id, opened)
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@remove_object.register
+def remove_s3(uri: S3URI, transport_params: Params = None) -> None:
+    """Remove with DeleteObject. A bucket with versions keeps those that it had."""
+    options = {"Bucket": uri.bucket, "Key": uri.key}
+    options |= {"VersionId": uri.version_id} if uri.version_id else {}
+    with explained(uri):
+        client_of(uri, transport_params).delete_object(**options)

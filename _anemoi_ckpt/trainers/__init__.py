@@ -1,0 +1,1 @@
+"""What plugs into the programs that users run: a module for each."""

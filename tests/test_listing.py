@@ -1,0 +1,197 @@
+"""What a place tells of the objects in it, and what is removed from it."""
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import _anemoi_ckpt.transport
+import anemoi_ckpt
+import servers
+from anemoi_ckpt import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    Entry,
+    InvalidURIError,
+    latest,
+    list_objects,
+    load,
+    parse_uri,
+    remove_object,
+)
+from checkpoints import as_bytes
+
+DATA = as_bytes({"w": torch.ones(3)})
+STORES = ["s3", "gcs", "azure"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+
+
+def folder_of(uri: object) -> str:
+    return str(uri).rpartition("/")[0]
+
+
+def names(entries: list[Entry]) -> list[str]:
+    """Their paths beneath the folder `run`."""
+    return [str(each.uri).partition("/run/")[2] for each in entries]
+
+
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
+def test_a_folder_tells_what_is_in_it(place) -> None:
+    began = datetime.now(UTC) - timedelta(minutes=1)
+    for name in ("a b.ckpt", "é.ckpt", "deep/c.ckpt", "deep/er/d.ckpt"):
+        place.put(f"run/{name}", DATA)
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    entries = list_objects(folder)
+    assert sorted(names(entries)) == ["a b.ckpt", "deep/", "last.ckpt", "é.ckpt"]
+    assert [each.is_folder for each in entries].count(True) == 1
+    for each in entries:
+        if not each.is_folder:
+            assert each.size == len(DATA)
+            assert began < each.modified < began + timedelta(minutes=30)
+            assert load(each.uri)["w"].all()
+            assert load(str(each.uri))["w"].all()  # the text names it, too
+        else:
+            assert names(list_objects(each.uri)) == ["deep/c.ckpt", "deep/er/"]
+    every = list_objects(f"{folder}/", recursive=True)
+    expected = ["a b.ckpt", "deep/c.ckpt", "deep/er/d.ckpt", "last.ckpt", "é.ckpt"]
+    assert sorted(names(every)) == expected
+
+
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_a_listing_begins_with_what_is_asked_for(place) -> None:
+    for name in ("epoch=1.ckpt", "epoch=12.ckpt", "last.ckpt"):
+        uri = place.put(f"run/{name}", DATA)
+    beginning = parse_uri(f"{folder_of(uri)}/epoch")
+    assert names(anemoi_ckpt.list_page(beginning).entries) == ["epoch=1.ckpt", "epoch=12.ckpt"]
+
+
+def test_a_listing_of_files_begins_with_what_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("epoch=1.ckpt", "epoch=12.ckpt", "last.ckpt"):
+        Path(name).write_bytes(DATA)
+    found = anemoi_ckpt.list_page(parse_uri("ep")).entries
+    assert [str(each.uri) for each in found] == ["epoch=1.ckpt", "epoch=12.ckpt"]
+    found = anemoi_ckpt.list_page(parse_uri("./la")).entries
+    assert [str(each.uri) for each in found] == ["./last.ckpt"]
+
+
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_a_bucket_is_a_folder(place) -> None:
+    uri = place.put("run/last.ckpt", DATA)
+    bucket = "/".join(str(uri).split("/")[:3])
+    assert parse_uri(uri) in {each.uri for each in list_objects(bucket, recursive=True)}
+
+
+def test_more_than_a_page(s3: servers.Store) -> None:
+    for number in range(1_003):
+        s3.write(f"many/{number:04}.ckpt", b"x")
+    s3.server.log.clear()
+    folder = s3.uri("many")
+    entries = list_objects(folder)
+    assert [each.uri.filename for each in entries] == [f"{n:04}.ckpt" for n in range(1_003)]
+    assert [request.status for request in s3.server.log] == [200, 200]
+
+
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_a_page_that_fails_is_asked_for_again(place) -> None:
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
+    assert names(list_objects(folder)) == ["last.ckpt"]
+    with pytest.raises(anemoi_ckpt.UnreachableError):
+        place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
+        list_objects(folder, retries=0)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, s3: servers.Store) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
+        list_objects(tmp_path / "run")
+    (tmp_path / "file").write_bytes(DATA)
+    with pytest.raises(CheckpointNotFoundError):
+        list_objects(tmp_path / "file")
+    assert list_objects(s3.uri("never")) == []
+    with pytest.raises(CheckpointNotFoundError):
+        list_objects("s3://no-such-bucket/run")
+
+
+def test_links_in_a_circle_are_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "last.ckpt").write_bytes(DATA)
+    (folder / "circle").symlink_to(folder)
+    (folder / "gone.ckpt").symlink_to(folder / "nothing")
+    assert names(list_objects(folder, recursive=True)) == ["circle/", "last.ckpt"]
+
+
+def test_places_that_list_nothing(http_server: servers.HTTPServer) -> None:
+    with pytest.raises(InvalidURIError, match="HTTPURI does not tell what is in it"):
+        list_objects(http_server.url)
+    with pytest.raises(TypeError, match="transport_params"):
+        list_objects("s3://b/run", transport_params={"clinet": None})
+
+
+def test_a_signature_follows_the_folder() -> None:
+    folder = anemoi_ckpt.AzureURI
+    uri = _anemoi_ckpt.places.parse_folder("az://c/run?sv=1&sig=x")
+    assert isinstance(uri, folder)
+    assert (uri.blob, uri.sas) == ("run/", "sv=1&sig=x")
+    host = "https://acc.blob.core.windows.net/c"
+    uri = _anemoi_ckpt.places.parse_folder(f"{host}/a%20b/?sig=x")
+    assert (uri.blob, str(uri)) == ("a b/", f"{host}/a%20b/?sig=x")
+    assert str(Entry.beneath(uri, "a b/c d.ckpt").uri) == f"{host}/a%20b/c%20d.ckpt?sig=x"
+
+
+# ── latest ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
+def test_the_newest_checkpoint_of_a_folder(place) -> None:
+    folder = folder_of(place.put("run/notes.txt", b"x"))
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint.*\n?.*notes.txt"):
+        latest(folder)
+    first = place.put("run/z.ckpt", DATA)
+    assert load(latest(folder))["w"].all()
+    assert latest(folder, key=lambda entry: entry.size) == parse_uri(first)
+
+
+def test_the_newest_is_the_one_that_was_written_last(tmp_path: Path) -> None:
+    for number, name in enumerate(["c.ckpt", "a.pt", "b.safetensors", "d.txt"]):
+        (tmp_path / name).write_bytes(DATA)
+        os.utime(tmp_path / name, (1_000 + number, 1_000 + number))
+    assert latest(tmp_path).filename == "b.safetensors"
+    os.utime(tmp_path / "a.pt", (1_002, 1_002))
+    assert latest(tmp_path).filename == "b.safetensors"  # of equals the last by name
+    assert latest(tmp_path, key=lambda entry: -entry.modified.timestamp()).filename == "c.ckpt"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointNotFoundError, match="it is empty"):
+        latest(empty)
+
+
+# ── remove ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
+def test_what_is_removed_is_gone(place) -> None:
+    uri = parse_uri(place.put("run/last.ckpt", DATA))
+    remove_object(uri)
+    with pytest.raises(CheckpointNotFoundError):
+        load(uri)
+    remove_object(uri)  # there is none
+    place.put("run/last.ckpt", DATA)  # which the fixture removes
+
+
+def test_what_cannot_be_removed(tmp_path: Path, http_server: servers.HTTPServer) -> None:
+    with pytest.raises((InvalidURIError, AccessDeniedError)):  # Linux and macOS differ
+        remove_object(parse_uri(tmp_path))
+    assert tmp_path.exists()
+    with pytest.raises(InvalidURIError, match="nothing can be removed"):
+        remove_object(parse_uri(http_server.put("a.ckpt", DATA)))
