@@ -1,4 +1,4 @@
-"""Go on with a Lightning run whose checkpoint is elsewhere: `Trainer.fit(ckpt_path=…)`.
+"""Go on with a Lightning run whose checkpoint is elsewhere: `Trainer(plugins=[checkpoint_io()])`.
 
 python examples/lightning_resume.py
 """
@@ -12,7 +12,7 @@ import lightning
 import torch
 from quickstart import Server
 
-from anemoi_ckpt import download
+from anemoi_ckpt import checkpoint_io
 
 
 class Net(lightning.LightningModule):
@@ -35,6 +35,7 @@ class Net(lightning.LightningModule):
 def trainer(folder: str, epochs: int) -> lightning.Trainer:
     """Make a trainer that is quiet, and writes where it is told to."""
     return lightning.Trainer(
+        plugins=[checkpoint_io()],
         max_epochs=epochs,
         default_root_dir=folder,
         accelerator="cpu",
@@ -58,7 +59,7 @@ def main() -> None:
         with Server(Path(folder) / "last.ckpt") as server:
             uri = f"http://127.0.0.1:{server.server_port}/last.ckpt"
             second = trainer(folder, epochs=3)
-            second.fit(Net(), data, ckpt_path=download(uri, f"{folder}/again.ckpt"))
+            second.fit(Net(), data, ckpt_path=uri)
             server.shutdown()
         print(f"went on at step {first.global_step}, and came to step {second.global_step}")
 

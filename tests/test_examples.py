@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ import anemoi_ckpt
 import needs
 import servers
 import strategies
-from anemoi_ckpt import CheckpointNotFoundError, load, main, metadata
+from anemoi_ckpt import CheckpointNotFoundError, latest, load, main, metadata, save
 from checkpoints import as_bytes, assert_same
 from sftp import sftp_server
 
@@ -130,10 +130,7 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
         "model": model,
         "optimizer": optimizer,
         "scheduler": scheduler,
-        "module": None,
-        "trainer": types.SimpleNamespace(fit=lambda module, ckpt_path: resumed.append(ckpt_path)),
     }
-    resumed: list[Path] = []
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     torch.save(model, "inference-last.ckpt")
@@ -147,7 +144,6 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
     assert_same(scope["last"], checkpoint["state_dict"]["head.weight"])
     assert {t.dtype for t in scope["half"].values()} == {torch.float16}
     assert list(scope["encoder"]) == ["encoder.weight", "encoder.bias"]
-    assert [load(path)["epoch"] for path in resumed] == [3]
     assert scope["report"].restored == ("optimizer", "scheduler")
     assert_same(load(stores("az://container/weights.safetensors")), {**checkpoint["state_dict"]})
     assert scope["held"]["data_indices"]["data"].name_to_index["t_850"] == 0
@@ -186,6 +182,25 @@ def test_readme_hydra(s3, stores: Callable[[str], str]) -> None:
 
 def test_readme_names_every_strategy() -> None:
     assert [name for name in strategies.__all__ if f"`{name}" not in README] == []
+
+
+def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
+    lightning = needs.package("lightning.pytorch", "pip install lightning")
+    (text,) = [block for mark, block in BLOCKS if mark == "lightning"]
+    module = importlib.import_module("lightning.pytorch.demos.boring_classes").BoringModel()
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = lightning.Trainer(max_epochs=1, logger=False, accelerator="cpu")
+        first.fit(module)
+        save(load(next(tmp_path.rglob("*.ckpt"))), "s3://bucket/run/first.ckpt")
+        scope: dict[str, Any] = {"__name__": "readme", "module": module}
+        text = text.replace("Trainer(", "Trainer(max_epochs=2, logger=False, accelerator='cpu', ")
+        exec(compile(text, "README.md", "exec", dont_inherit=True), scope)
+    assert scope["trainer"].current_epoch == 2
+    found = load(latest("s3://bucket/run"))
+    assert found["epoch"] == 1
+    assert_same(found["state_dict"], dict(module.state_dict()))
 
 
 def test_readme_place_of_ones_own(tmp_path: Path) -> None:

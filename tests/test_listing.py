@@ -106,8 +106,8 @@ def test_a_page_that_fails_is_asked_for_again(place) -> None:
     folder = folder_of(place.put("run/last.ckpt", DATA))
     place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
     assert names(list_objects(folder)) == ["last.ckpt"]
+    place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
     with pytest.raises(anemoi_ckpt.UnreachableError):
-        place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
         list_objects(folder, retries=0)
 
 

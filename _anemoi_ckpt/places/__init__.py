@@ -193,8 +193,8 @@ def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
     >>> parse_folder("s3://bucket/run").key
     'run/'
     """
-    if isinstance(place, URI):
-        return place
+    if isinstance(place, URI) or not os.fspath(place):
+        return parse_uri(place)
     path, query = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
     return sibling(parse_uri(f"{path}/-{query}"), "")
 
@@ -465,7 +465,8 @@ class Entry:
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder: more lies beneath it."""
-        return str(getattr(self.uri, self.uri.path_field)).endswith("/")
+        path = str(getattr(self.uri, self.uri.path_field))
+        return not path or path.endswith("/")  # a bucket's is empty
 
     @classmethod
     def beneath(

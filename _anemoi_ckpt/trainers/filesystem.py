@@ -36,7 +36,7 @@ def register(transport: Transport) -> None:
     for protocol in _PROTOCOLS:
         try:
             known = fsspec.get_filesystem_class(protocol)
-        except ImportError:
+        except (ImportError, ValueError):  # not installed, and not known
             known = None
         if known is None or issubclass(known, _Places):
             fsspec.register_implementation(protocol, ours, clobber=True)
