@@ -199,7 +199,7 @@ def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
         exec(compile(text, "README.md", "exec", dont_inherit=True), scope)
     assert scope["trainer"].current_epoch == 2
     found = load("s3://bucket/run/epoch=1-step=128.ckpt")
-    assert_same(found["state_dict"], dict(module.state_dict()))
+    assert_same(dict(found["state_dict"]), dict(module.state_dict()))
 
 
 def test_readme_place_of_ones_own(tmp_path: Path) -> None:
