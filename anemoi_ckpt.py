@@ -83,6 +83,7 @@ from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
 from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.steps import takes_strategies
+from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
 from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate
 
@@ -120,7 +121,9 @@ __all__ = [
     "list_objects",
     "list_page",
     "load",
+    "load_callback",
     "load_into",
+    "loading_stage",
     "main",
     "metadata",
     "open_stream",
@@ -133,6 +136,7 @@ __all__ = [
     "remove_object",
     "resolve",
     "save",
+    "source_stage",
 ]
 
 
@@ -551,7 +555,108 @@ def checkpoint_io(
     options |= {"transport_params": transport_params, "retries": retries, "timeout": timeout}
     inspect.signature(load).bind("", **options)  # a typing error is told now
     checked("checkpoint_io", strategies, options.get("trust", False))
-    return make_checkpoint_io(lambda path: load(path, *strategies, **options), transport)
+    return make_checkpoint_io(functools.partial(_load, strategies, options), transport)
+
+
+def _load(strategies: Sequence[Strategy], options: Mapping[str, Any], uri: Any) -> Any:
+    return load(uri, *strategies, **options)
+
+
+@takes_strategies
+@public
+def load_callback(
+    uri: str | os.PathLike[str] | URI,
+    *strategies: Strategy,
+    recipe: Callable[[torch.nn.Module], Strategy] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a callback of Lightning's that loads into the model before it is trained.
+
+    ``Trainer(callbacks=[load_callback(uri, recipe=transfer_learning)])``; in a configuration of
+    anemoi-training, under ``diagnostics.callbacks``, ``_target_: anemoi_ckpt.load_callback`` with
+    ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``. What was loaded is
+    logged. Where the run is resumed from a checkpoint of its own, this loads nothing.
+
+    Args:
+        uri: where the checkpoint is.
+        strategies: what it is put through.
+        recipe: what gives the last strategy for a model, such as `transfer_learning`.
+        options: what else `load_into` takes by keyword.
+
+    Raises:
+        TypeError: a strategy is not a function, or `load_into` has no such option.
+        MissingPackageError: Lightning is not installed.
+    """
+    return make_callback(_filling("load_callback", uri, strategies, recipe, options))
+
+
+@takes_strategies
+@public
+def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **options: Any) -> Any:
+    """Make a stage that brings a checkpoint, for the pipeline of anemoi-training.
+
+    Args:
+        uri: where the checkpoint is.
+        strategies: what it is put through.
+        options: what else `load` takes by keyword. Anemoi's own loaders want
+            ``trust=True`` where they use objects of the checkpoint.
+
+    Raises:
+        TypeError: a strategy is not a function, or `load` has no such option.
+    """
+    inspect.signature(load).bind(uri, **options)  # a typing error is told now
+    checked("source_stage", strategies, options.get("trust", False))
+    return PlaceSource(functools.partial(_load, strategies, options, uri))
+
+
+@takes_strategies
+@public
+def loading_stage(
+    uri: str | os.PathLike[str] | URI,
+    *strategies: Strategy,
+    recipe: Callable[[torch.nn.Module], Strategy] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a stage that loads into the model, for the pipeline of anemoi-training.
+
+    It brings what it needs by itself: no source stands before it.
+
+    Args:
+        uri: as for `load_callback`.
+        strategies: as for `load_callback`.
+        recipe: as for `load_callback`.
+        options: as for `load_callback`.
+
+    Raises:
+        TypeError: as for `load_callback`.
+    """
+    return PlaceLoader(_filling("loading_stage", uri, strategies, recipe, options))
+
+
+def _filling(
+    caller: str,
+    uri: Any,
+    strategies: Sequence[Strategy],
+    recipe: Callable[[torch.nn.Module], Strategy] | None,
+    options: Mapping[str, Any],
+) -> Callable[[torch.nn.Module], Report]:
+    """Check the arguments of a later `load_into`, and give what does it."""
+    inspect.signature(load_into).bind(None, uri, **options)  # a typing error is told now
+    checked(caller, strategies, options.get("trust", False))
+    if not (recipe is None or callable(recipe)):
+        raise TypeError(f"{caller}: recipe is a function of the model, not {recipe!r}")
+    return functools.partial(_fill, uri, strategies, recipe, options)
+
+
+def _fill(
+    uri: Any,
+    strategies: Sequence[Strategy],
+    recipe: Callable[[torch.nn.Module], Strategy] | None,
+    options: Mapping[str, Any],
+    model: torch.nn.Module,
+) -> Report:
+    last = [recipe(model)] if recipe else []
+    return load_into(model, uri, *strategies, *last, **options)
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

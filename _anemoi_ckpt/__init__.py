@@ -5,7 +5,7 @@ standard library alone, since `strategies` stands on it.
 
 - ``cli``: the command line.
 - ``calls``: what all public calls do alike.
-- ``trainers``: what plugs into Lightning's Trainer.
+- ``trainers``: what plugs into Lightning's Trainer and anemoi-training.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
 - ``saving``, ``metadata``: a checkpoint → a place; what Anemoi writes into its checkpoints.

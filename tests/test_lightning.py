@@ -194,16 +194,23 @@ def test_what_a_plugin_reads_goes_through_its_strategies(tmp_path: Path) -> None
         plugin.save_checkpoint({}, "s3://b/a.ckpt", storage_options={"clinet": 1})
 
 
-def test_what_is_asked_for_wrongly_is_told_at_once(monkeypatch) -> None:
+def test_what_is_asked_for_wrongly_is_told_at_once() -> None:
     with pytest.raises(TypeError, match="trusted"):
         checkpoint_io(trusted=True)
     with pytest.raises(TypeError, match="drop_optimizer"):
         checkpoint_io("drop_optimizer")
     with pytest.raises(TypeError, match="map_location"):
         checkpoint_io(map_location="cpu")
-    monkeypatch.setattr(_anemoi_ckpt.trainers.lightning, "_PACKAGES", ("no_lightning",))
-    with pytest.raises(MissingPackageError, match="pip install lightning"):
-        checkpoint_io()
+
+
+def test_lightning_is_not_installed(monkeypatch) -> None:
+    def import_module(name: str) -> Any:
+        raise ImportError(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_anemoi_ckpt.trainers.lightning.importlib, "import_module", import_module)
+        with pytest.raises(MissingPackageError, match="pip install lightning"):
+            checkpoint_io()
 
 
 # ── what fsspec is asked ──────────────────────────────────────────────────────────────────────

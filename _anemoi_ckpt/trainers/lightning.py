@@ -19,11 +19,6 @@ from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.trainers.filesystem import register
 from _anemoi_ckpt.transport import Transport, attempted
 
-_PACKAGES = (
-    "lightning.fabric.plugins",
-    "lightning_fabric.plugins",
-)  # each has a Trainer of its own
-
 
 def make_checkpoint_io(read: Callable[[Any], Any], transport: Transport) -> Any:
     """Make what `Trainer(plugins=[…])` takes, of the packages of Lightning that are installed.
@@ -35,22 +30,25 @@ def make_checkpoint_io(read: Callable[[Any], Any], transport: Transport) -> Any:
     Raises:
         MissingPackageError: neither `lightning` nor `pytorch_lightning` is installed.
     """
-    bases = tuple(_bases())
-    if not bases:
-        raise MissingPackageError(
-            "checkpoint_io", "Lightning is not installed", "pip install lightning"
-        )
+    found = bases("CheckpointIO", "lightning.fabric.plugins", "lightning_fabric.plugins")
     register(transport)
-    return type("CheckpointIO", (_CheckpointIO, *bases), {})(read, transport)
+    return type("CheckpointIO", (_CheckpointIO, *found), {})(read, transport)
 
 
-def _bases() -> list[type]:
+def bases(name: str, *modules: str) -> list[type]:
+    """Give a class of Lightning's from each of its packages that is installed.
+
+    Raises:
+        MissingPackageError: none is.
+    """
     found = []
-    for name in _PACKAGES:
+    for module in modules:
         try:
-            found.append(importlib.import_module(name).CheckpointIO)
+            found.append(getattr(importlib.import_module(module), name))
         except ImportError:
             continue
+    if not found:
+        raise MissingPackageError(name, "Lightning is not installed", "pip install lightning")
     return found
 
 
@@ -59,6 +57,10 @@ class _CheckpointIO:
 
     def __init__(self, read: Callable[[Any], Any], transport: Transport) -> None:
         self._read, self._transport = read, transport
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to processes that are spawned."""
+        return make_checkpoint_io, (self._read, self._transport)
 
     def save_checkpoint(
         self,
