@@ -18,6 +18,7 @@ import omegaconf
 import pytest
 import torch
 
+import anemoi_ckpt
 import needs
 from anemoi_ckpt import (
     CheckpointNotFoundError,
@@ -205,7 +206,7 @@ with hydra.initialize(version_base=None, config_path=None):
 assert OmegaConf.has_resolver("ckpt")
 assert "torch" not in sys.modules  # only who uses it waits for torch
 """
-    root = Path(_anemoi_ckpt.__file__).parents[1]
+    root = Path(anemoi_ckpt.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(root)},
