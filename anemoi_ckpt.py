@@ -522,6 +522,8 @@ def _members(uri: URI, params: Params) -> dict[str, Any]:
 
 # ── plug in ───────────────────────────────────────────────────────────────────────────────────
 
+Recipe = Callable[..., Strategy]  # a function of a model
+
 
 @takes_strategies
 @public
@@ -567,20 +569,25 @@ def _load(strategies: Sequence[Strategy], options: Mapping[str, Any], uri: Any) 
 def load_callback(
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
-    recipe: Callable[[torch.nn.Module], Strategy] | None = None,
+    recipe: Recipe | Sequence[Recipe] = (),
     **options: Any,
 ) -> Any:
     """Make a callback of Lightning's that loads into the model before it is trained.
 
-    ``Trainer(callbacks=[load_callback(uri, recipe=transfer_learning)])``; in a configuration of
-    anemoi-training, under ``diagnostics.callbacks``, ``_target_: anemoi_ckpt.load_callback`` with
-    ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``. What was loaded is
-    logged. Where the run is resumed from a checkpoint of its own, this loads nothing.
+    ``Trainer(callbacks=[load_callback(uri, recipe=transfer_learning)])``; to a model of other
+    variables, ``recipe=[align_variables, transfer_learning]``. In a configuration of
+    anemoi-training it stands under ``diagnostics.callbacks``, with
+    ``_target_: anemoi_ckpt.load_callback`` and
+    ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``.
+
+    What was loaded is logged. Where the run is resumed from a checkpoint of its own, this loads
+    nothing.
 
     Args:
         uri: where the checkpoint is.
         strategies: what it is put through.
-        recipe: what gives the last strategy for a model, such as `transfer_learning`.
+        recipe: what gives a strategy for a model, such as `transfer_learning`; or several, applied
+            from left to right behind `strategies`.
         options: what else `load_into` takes by keyword.
 
     Raises:
@@ -614,7 +621,7 @@ def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **opt
 def loading_stage(
     uri: str | os.PathLike[str] | URI,
     *strategies: Strategy,
-    recipe: Callable[[torch.nn.Module], Strategy] | None = None,
+    recipe: Recipe | Sequence[Recipe] = (),
     **options: Any,
 ) -> Any:
     """Make a stage that loads into the model, for the pipeline of anemoi-training.
@@ -637,26 +644,33 @@ def _filling(
     caller: str,
     uri: Any,
     strategies: Sequence[Strategy],
-    recipe: Callable[[torch.nn.Module], Strategy] | None,
+    recipe: Recipe | Sequence[Recipe],
     options: Mapping[str, Any],
 ) -> Callable[[torch.nn.Module], Report]:
     """Check the arguments of a later `load_into`, and give what does it."""
     inspect.signature(load_into).bind(None, uri, **options)  # a typing error is told now
     checked(caller, strategies, options.get("trust", False))
-    if not (recipe is None or callable(recipe)):
-        raise TypeError(f"{caller}: recipe is a function of the model, not {recipe!r}")
-    return functools.partial(_fill, uri, strategies, recipe, options)
+    recipes = tuple(recipe) if isinstance(recipe, Sequence) else (recipe,)
+    for each in recipes:
+        if not callable(each):
+            raise TypeError(f"{caller}: recipe is a function of the model, not {each!r}")
+    return functools.partial(_fill, uri, strategies, recipes, options)
 
 
 def _fill(
     uri: Any,
     strategies: Sequence[Strategy],
-    recipe: Callable[[torch.nn.Module], Strategy] | None,
+    recipes: Sequence[Recipe],
     options: Mapping[str, Any],
     model: torch.nn.Module,
 ) -> Report:
-    last = [recipe(model)] if recipe else []
-    return load_into(model, uri, *strategies, *last, **options)
+    made = [each(model=model) if _by_name(each) else each(model) for each in recipes]
+    return load_into(model, uri, *strategies, *made, **options)
+
+
+def _by_name(recipe: Recipe) -> bool:
+    """Tell whether a recipe has a parameter `model`, which need not be its first."""
+    return "model" in inspect.signature(recipe).parameters
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

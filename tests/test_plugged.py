@@ -101,8 +101,9 @@ def test_what_a_callback_is_given_wrongly_is_told_at_once(monkeypatch) -> None:
         load_callback("a.ckpt", trusted=True)
     with pytest.raises(TypeError, match="load_callback"):
         load_callback("a.ckpt", "weights")
-    with pytest.raises(TypeError, match="recipe is a function of the model"):
-        load_callback("a.ckpt", recipe="transfer_learning")
+    for recipe in (["transfer_learning"], None):
+        with pytest.raises(TypeError, match="recipe is a function of the model"):
+            load_callback("a.ckpt", recipe=recipe)
     with pytest.raises(TypeError, match="trusted"):
         source_stage("a.ckpt", trusted=True)
     with pytest.raises(TypeError, match="source_stage"):
@@ -152,6 +153,24 @@ def test_a_loader_fills_the_model(path: Path) -> None:
     assert torch.equal(model.weight, torch.ones(1, 4))
     assert model.weights_initialized is True
     assert result.metadata["loaded"].loaded == ("weight", "bias")
+
+
+def test_recipes_follow_each_other(path: Path) -> None:
+    order: list[str] = []
+
+    def first(other: int = 1, *, model: Any) -> Any:
+        order.append(f"first {type(model).__name__}")
+        return weights
+
+    def second(module: Any) -> Any:
+        order.append(f"second {type(module).__name__}")
+        return standard(module)
+
+    model = torch.nn.Linear(4, 1)
+    stage = loading_stage(path, drop_optimizer, recipe=[first, second])
+    asyncio.run(stage.process(context(model=model)))
+    assert order == ["first Linear", "second Linear"]
+    assert torch.equal(model.weight, torch.ones(1, 4))
 
 
 def test_a_loader_fills_the_module_around_the_model(path: Path) -> None:
