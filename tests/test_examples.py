@@ -171,13 +171,19 @@ def test_readme_hydra(s3, stores: Callable[[str], str]) -> None:
     state = {"encoder.w": torch.ones(3), "decoder.w": torch.ones(4)}
     checkpoint = {"epoch": 3, "state_dict": state, "optimizer_states": [torch.ones(9)]}
     s3.sdk.put_object(Bucket="bucket", Key="run/last.ckpt", Body=as_bytes(checkpoint))
-    first, second = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    first, second, callback = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     result = hydra.utils.instantiate(omegaconf.OmegaConf.create(first))
     assert_same(result, {"epoch": 3, "state_dict": {"encoder.w": torch.ones(3)}})
     strategy = hydra.utils.instantiate(omegaconf.OmegaConf.create(second))(
         {"decoder.w": torch.zeros(4)}
     )
     assert strategy(checkpoint)["state_dict"].keys() == {"decoder.w"}
+    transfer = (ROOT / "examples/anemoi_training/checkpoint/transfer.yaml").read_text()
+    (shipped,) = omegaconf.OmegaConf.create(transfer).diagnostics.callbacks
+    shown = omegaconf.OmegaConf.create(callback)
+    assert shown.recipe == shipped.recipe
+    needs.package("lightning.pytorch", "pip install lightning")
+    assert hasattr(hydra.utils.instantiate(shown), "on_fit_start")  # a callback of Lightning's
 
 
 def test_readme_names_every_strategy() -> None:
