@@ -32,7 +32,7 @@ from _anemoi_ckpt import metadata as _metadata
 from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
 from _anemoi_ckpt.calls import public
 from _anemoi_ckpt.contents import Contents, look_into
-from _anemoi_ckpt.downloading import Transfer, download_shared, download_to
+from _anemoi_ckpt.downloading import Transfer, download_shared, download_to, local_uri
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     ChangedError,
@@ -74,9 +74,10 @@ from _anemoi_ckpt.places.azure import AzureURI
 from _anemoi_ckpt.places.gcs import GCSURI
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.huggingface import HFURI
-from _anemoi_ckpt.places.local import LocalURI
+from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
+from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
 from _anemoi_ckpt.planning import Strategy, applied
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
@@ -112,6 +113,7 @@ __all__ = [
     "NotACheckpointError",
     "Page",
     "Report",
+    "StreamURI",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Version",
@@ -170,7 +172,7 @@ def __dir__() -> list[str]:
 @takes_strategies
 @public
 def load(  # noqa: PLR0913 - by keyword
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     *strategies: Strategy,
     trust: bool | Sequence[Any] = False,
     cached: bool = False,
@@ -190,7 +192,8 @@ def load(  # noqa: PLR0913 - by keyword
     checkpoint, whose tensors are on the meta device, to see what is needed, and on the real one.
 
     Args:
-        uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``hf://``, ``https://``, ….
+        uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``hf://``, ``https://``, …;
+            or an open binary file, such as `io.BytesIO`, from where it stands.
         strategies: pure functions from checkpoint to checkpoint, applied from left to right.
         trust: True imports and runs whatever the checkpoint names, at least twice: it can do
             all that you can, so be as sure of its author as of your own code. A list of classes
@@ -233,7 +236,7 @@ def load(  # noqa: PLR0913 - by keyword
 
 @public
 def peek(
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     *,
     retries: int = RETRIES,
     timeout: float | None = None,
@@ -268,7 +271,7 @@ def peek(
 
 @public
 def metadata(
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     *,
     arrays: bool = False,
     retries: int = RETRIES,
@@ -390,7 +393,7 @@ _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 @public
 def download(  # noqa: PLR0913 - by keyword
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     to: str | os.PathLike[str] | None = None,
     *,
     sha256: str | None = None,
@@ -410,7 +413,8 @@ def download(  # noqa: PLR0913 - by keyword
 
     Args:
         uri: where it is.
-        to: the file to write, or a folder to write it into under its own name. None is a folder
+        to: the file to write, or a folder to write it into under its own name, which is made if it
+            ends with a slash. None is a folder
             for all processes of this machine (``ANEMOI_CKPT_CACHE``, else the platform's for
             caches): one downloads, the others wait for it, and what is there is not fetched
             again for as long as the object is the same.
@@ -437,7 +441,7 @@ def download(  # noqa: PLR0913 - by keyword
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
     transport = Transport(transport_params, retries, timeout, group=group)
-    return _download(to, Transfer(parse_uri(uri), transport, progress, sha256, resume))
+    return _download(to, Transfer(parse_place(uri), transport, progress, sha256, resume))
 
 
 def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
@@ -452,6 +456,9 @@ def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
         if to is None:
             return download_to_cache(located), located.place
         target = own(to, located.place.filename)
+        if os.fspath(to).endswith(os.sep):
+            with explained_writing(local_uri(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
         download_to(target, located)
         return target, located.place
 
@@ -683,7 +690,7 @@ _IN_MEMORY = "a checkpoint in memory"
 @public
 def load_into(  # noqa: PLR0913 - by keyword
     model: torch.nn.Module,
-    checkpoint: str | os.PathLike[str] | URI | Mapping[str, Any] | Inert | torch.nn.Module,
+    checkpoint: Place | Mapping[str, Any] | Inert | torch.nn.Module,
     *strategies: Strategy,
     strict: bool = False,
     require: float = 0.0,
@@ -768,7 +775,7 @@ def _held_or_placed(checkpoint: Any) -> tuple[Any, URI]:
     """Give a checkpoint in memory (None for one elsewhere), and its place."""
     if isinstance(checkpoint, Mapping | Inert | torch.nn.Module):
         return checkpoint, LocalURI(_IN_MEMORY, "")
-    return None, parse_uri(checkpoint)
+    return None, parse_place(checkpoint)
 
 
 def _several(value: Any) -> Sequence[Any]:

@@ -35,7 +35,7 @@ from _anemoi_ckpt.formats.torch_zip import LOCAL_SIGNATURE, find_damage
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
 from _anemoi_ckpt.places import CHUNK_BYTES, URI, Notify, UnrangedError, Version, open_writer
 from _anemoi_ckpt.places.explained import empty_file
-from _anemoi_ckpt.places.local import LocalURI, explained_writing
+from _anemoi_ckpt.places.local import LocalURI, explained_writing, hidden
 from _anemoi_ckpt.progress import Progress, shown
 from _anemoi_ckpt.ranks import Ranks
 from _anemoi_ckpt.transport import (
@@ -83,7 +83,7 @@ def pinned_version(transfer: Transfer) -> Version | None:
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Let only one process at a time write a file."""
-    path = target.with_name(f".{target.name}.lock")
+    path = hidden(target, "lock")
     lock = filelock.FileLock(path)
     with explained_writing(local_uri(target)):
         target.parent.stat()  # otherwise filelock would create the folder
@@ -268,11 +268,11 @@ class _Part:
 
     @property
     def path(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.part")
+        return hidden(self.target, "part")
 
     @property
     def journal(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.journal")
+        return hidden(self.target, "journal")
 
     @property
     def size(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
-from _anemoi_ckpt.places import URI
+from _anemoi_ckpt.places.streams import Place
 from _anemoi_ckpt.planning import Strategy, planned
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
@@ -36,7 +35,7 @@ class Loaded:
 
 @unwatched()  # it may be a strategy that loads another checkpoint
 def loaded(
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     strategies: Sequence[Strategy],
     check: Callable[[], Trust],
     transport: Transport,
@@ -78,7 +77,7 @@ def checked(caller: str, strategies: Sequence[Strategy], trust: bool | Sequence[
 
 
 def _loaded_alone(
-    uri: str | os.PathLike[str] | URI,
+    uri: Place,
     strategies: Sequence[Strategy],
     trust: Trust,
     progress: Progress,

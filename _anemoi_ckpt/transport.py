@@ -6,7 +6,6 @@ transport · attempts · source
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,6 @@ from _anemoi_ckpt.places import (
     check_params,
     list_page,
     open_stream,
-    parse_uri,
     read_range,
     read_version,
     resolve,
@@ -40,6 +38,7 @@ from _anemoi_ckpt.places.explained import empty_file, explained
 from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
+from _anemoi_ckpt.places.streams import Place, parse_place
 from _anemoi_ckpt.threads import heard
 
 log = logging.getLogger("anemoi_ckpt")
@@ -253,14 +252,14 @@ class Source:
         return version
 
 
-def locate(place: str | os.PathLike[str] | URI, transport: Transport) -> URI:
+def locate(place: Place, transport: Transport) -> URI:
     """Tell what place a text names, and where its bytes are.
 
     Raises:
         TypeError: it is no place, or one that does not read some of the transport_params.
         CheckpointError: as `parse_uri` and `resolve`, after too many attempts.
     """
-    uri = parse_uri(place)
+    uri = parse_place(place)
     check_params(uri, transport.params)
     located = attempted(transport, partial(resolve, uri, transport.params))
     check_params(located, transport.params)

@@ -222,6 +222,22 @@ def test_what_a_client_refuses_to_ask_is_not_asked_again(s3: servers.Store) -> N
     assert s3.server.log == []
 
 
+@pytest.mark.parametrize(
+    "arn",
+    [
+        "arn:aws:s3:us-west-2:123456789012:accesspoint/my-ap",
+        "arn:aws:s3:us-west-2:123456789012:accesspoint:my-ap",
+        "arn:aws:s3::123456789012:accesspoint/my-mrap.mrap",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01/accesspoint/my-ap",
+        "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/my-ap",
+    ],
+)
+def test_an_access_point_is_a_bucket(arn: str) -> None:
+    uri = parse_uri(f"s3://{arn}/run/last.ckpt?versionId=7")
+    assert isinstance(uri, S3URI)
+    assert (uri.bucket, uri.key, uri.version_id) == (arn, "run/last.ckpt", "7")
+
+
 def test_keys_in_an_s3_uri() -> None:
     for text in ("s3://AKIA:abc@bucket/key", "s3://AKIA:ab/c+d@bucket/key"):
         with pytest.raises(InvalidURIError, match="has credentials in it") as caught:

@@ -1,6 +1,7 @@
 """Writing to a place: all or nothing."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import anemoi_ckpt
 import servers
+from _anemoi_ckpt.places import s3 as s3_place
 from anemoi_ckpt import (
     AccessDeniedError,
     CheckpointError,
@@ -243,3 +246,78 @@ def test_what_is_more_than_a_view_is_written_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "a.ckpt").stat().st_size > 4_000_000
     turned = torch.view_as_complex(BIG[:2].view(2, 500, 2)).conj()
     assert torch.equal(load(save([turned], tmp_path / "a.ckpt"))[0], turned)
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.ckpt"
+    target.parent.mkdir()
+    save({"w": torch.zeros(1)}, target)
+    target.chmod(0o640)
+    link = tmp_path / "last.ckpt"
+    link.symlink_to(target)
+    save({"w": torch.ones(1)}, link)
+    assert link.is_symlink()
+    assert load(target)["w"].item() == 1
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in target.parent.iterdir()) == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("length", [200, 218, 247, 255])
+def test_names_as_long_as_a_disk_takes_them(length: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(tmp_path / "cache"))
+    name = "é" * ((length - 5) // 2) + "x" * ((length - 5) % 2) + ".ckpt"
+    path = save({"w": torch.ones(1)}, tmp_path / name)
+    assert len(os.fsencode(name)) == length
+    for copied in (anemoi_ckpt.download(path, f"{tmp_path}/new/run/"), anemoi_ckpt.download(path)):
+        assert copied.name == name
+        assert load(copied)["w"].item() == 1
+    too_long = tmp_path / ("x" * 256)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save({"w": torch.ones(1)}, too_long)
+
+
+def test_safetensors_says_that_it_is_of_torch(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save({"w": torch.ones(2)}, path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("names", [["__metadata__"], [0, "0"]])
+def test_names_that_safetensors_cannot_hold(names: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save({"w": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=f"one tensor called {names[-1]}"):
+        save({name: torch.zeros(1) for name in names}, path)
+    assert load(path)["w"].all()  # as it was
+
+
+# ── S3's checksums ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        ({}, "when_required"),
+        ({"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}, "when_supported"),
+        ({"AWS_ENDPOINT_URL": ""}, "when_supported"),  # Amazon's own
+    ],
+)
+def test_stores_that_know_no_new_checksums_get_none(
+    environment: dict[str, str], asked: str, s3: servers.Store, monkeypatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    client = s3_place.client_of(anemoi_ckpt.parse_uri(s3.uri("a.ckpt")), None)
+    assert client.meta.config.request_checksum_calculation == asked
+
+
+def test_a_profile_may_ask_for_checksums(s3: servers.Store, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "config").write_text("[default]\nrequest_checksum_calculation = when_supported\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    client = s3_place.client_of(anemoi_ckpt.parse_uri(s3.uri("a.ckpt")), None)
+    assert client.meta.config.request_checksum_calculation == "when_supported"

@@ -151,12 +151,14 @@ def write_safetensors(checkpoint: Any, stream: BinaryIO) -> None:
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"safetensors holds tensors by name, not a {type(checkpoint).__name__}")  # noqa: TRY004 - one kind of error for what does not fit the format
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as torch's own writers have it
     end = 0
     for name, value in checkpoint.items():
         if not isinstance(value, torch.Tensor) or value.dtype not in _DTYPE_NAMES:
             kind = getattr(value, "dtype", type(value).__name__)
             raise ValueError(f"safetensors holds no {kind} such as {name}; save the weights alone")
+        if str(name) in header:
+            raise ValueError(f"safetensors holds one tensor called {name}, and not __metadata__")
         size = math.prod(value.shape) * value.element_size()
         shape = list(value.shape)
         if _DTYPE_NAMES[value.dtype] == "F4":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import stat
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -90,7 +93,18 @@ register_scheme("file", parse_file_url)
 def open_file(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - a file needs none
     """Open a file, unbuffered."""
     with explained(uri):
-        return open(uri.path, "rb", buffering=0)  # noqa: PTH123 - the caller's to close
+        stream = open(uri.path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - the caller's to close
+        mode = os.fstat(stream.fileno()).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+            stream.close()
+            remedy = "store it in a file first, or give the open file: open(path, 'rb')"
+            raise InvalidURIError(uri, "this is a pipe or a device, not a file", remedy)
+        return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; of a pipe, do not wait for who writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @explain.register
@@ -194,17 +208,33 @@ def _entries(uri: LocalURI, path: str) -> Iterator[Entry]:
 @open_writer.register
 @contextmanager
 def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator[BinaryIO]:  # noqa: ARG001 - a file needs none
-    """Write to a hidden file beside the target, which takes its place when all is written."""
-    path = Path(uri.path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # no other call's
+    """Write to a hidden file beside the target, which takes its place when all is written.
+
+    Where the target is a link, what it leads to is replaced; permissions are kept.
+    """
+    path = Path(os.path.realpath(uri.path))
+    part = hidden(path, f"{uuid.uuid4().hex}.part")  # no other call's
     try:
         with explained_writing(uri), part.open("wb") as stream:
             yield stream
         with explained_writing(uri):
+            if path.exists():
+                shutil.copymode(path, part)
             part.replace(path)
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
             part.unlink()
+
+
+def hidden(path: Path, ending: str) -> Path:
+    """Name a hidden file beside a file, no matter how long the file's own name is."""
+    name = f".{path.name}.{ending}"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{ending}"
+    return path.with_name(name)
+
+
+_LONGEST_NAME = 255  # bytes, on the file systems of today
 
 
 @contextmanager

@@ -69,6 +69,12 @@ class S3URI(URI):
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
 
 
+_ARN = re.compile(  # of an access point, which boto3 takes for a bucket
+    r"(arn:[^/]*?:(?:accesspoint[:/][^/]+|outpost[:/][^/:]+[:/]accesspoint[:/][^/]+))/(.+)",
+    re.DOTALL,
+)
+
+
 def parse_s3(text: str) -> URI:
     """Parse ``s3://bucket/key[?versionId=…]``.
 
@@ -76,6 +82,8 @@ def parse_s3(text: str) -> URI:
         InvalidURIError: bucket or key is empty, or there are credentials in it.
     """
     rest, _, version = text.split("://", 1)[1].partition("?versionId=")
+    if arn := _ARN.fullmatch(rest):
+        return S3URI(text, arn[1], arn[2], version or None)
     if USERINFO.match(text):
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         raise InvalidURIError(text, "has credentials in it", remedy)
@@ -116,23 +124,37 @@ def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: 
 
     session = boto3.Session()
     public = session.get_credentials() is None  # then only a public bucket answers
-    client = session.client(
-        "s3",
-        # boto3 asks for a region even where a store has none
-        region_name=session.region_name or "us-east-1",
-        config=botocore.config.Config(
-            max_pool_connections=CONNECTIONS,
-            connect_timeout=timeout,
-            read_timeout=timeout,
-            retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
-            signature_version=botocore.UNSIGNED if public else None,
-        ),
+    config = botocore.config.Config(
+        max_pool_connections=CONNECTIONS,
+        connect_timeout=timeout,
+        read_timeout=timeout,
+        retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
+        signature_version=botocore.UNSIGNED if public else None,
     )
+    # boto3 asks for a region even where a store has none
+    region = session.region_name or "us-east-1"
+    client = session.client("s3", region_name=region, config=config)
+    known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
+    other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
+    if known and other and not _chooses_checksums(session):
+        plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
+        client = session.client("s3", region_name=region, config=config.merge(plain))
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
     http_session._pool_classes_by_scheme = classes  # noqa: SLF001 - for proxies
     http_session._manager.pool_classes_by_scheme = classes  # noqa: SLF001 - for all others
     return client
+
+
+_CHECKSUMS = "request_checksum_calculation"
+_AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?(:\d+)?/?$")
+
+
+def _chooses_checksums(session: Any) -> bool:
+    """Tell whether the user says when an upload has a checksum, in the environment or a profile."""
+    profile = session._session.get_scoped_config()  # noqa: SLF001 - boto3 has no public way
+    named = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION")
+    return bool(named or profile.get(_CHECKSUMS))
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
