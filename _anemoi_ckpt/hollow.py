@@ -5,13 +5,15 @@ ledger · questions · starts · build
 
 from __future__ import annotations
 
+import _thread
 import functools
 import os
 import re
 import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from _anemoi_ckpt.compat import without_modes
+from _anemoi_ckpt.compat import casts_by_itself, without_dispatch, without_modes
 from _anemoi_ckpt.errors import CheckpointError, CorruptError
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, storage_id, unreadable
 from _anemoi_ckpt.pickles.reading import Trust, TrustedCodeError
@@ -238,7 +240,8 @@ class _Questions(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         keys = self._keys_of(tensors) if tensors else None
         if not keys:
-            return func(*args, **kwargs)
+            with _as_without_ledger(func, tensors):
+                return func(*args, **kwargs)
         if name in _ANSWERED_BY_ANOTHER or (name == "type" and len(args) == 1 and not kwargs):
             return self._answered_by_another(func, tensors, keys)
         on_meta = all(tensor.is_meta for tensor in tensors)
@@ -259,6 +262,8 @@ class _Questions(TorchFunctionMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, keys: set[str]) -> Any:
+        if casts_by_itself():  # autocast leaves tensors on the meta device alone
+            raise self._asked(keys)
         try:
             return func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as err:
@@ -296,6 +301,21 @@ def _name(func: Any) -> tuple[str, bool]:
     return name, False
 
 
+def _as_without_ledger(func: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Let a function of real tensors compute as it does outside a load.
+
+    With a dispatch mode on, torch computes some values in another way, whose last bits differ.
+    It stays on for Python code that the function may call, for subclasses of Tensor, and where the
+    user's code has a mode on.
+    """
+    alone = torch._C._len_torch_dispatch_stack() == 1  # noqa: SLF001 - no public one
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return without_dispatch() if alone and plain and isinstance(func, _BUILTIN) else nullcontext()
+
+
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
 def _is_device(value: Any) -> bool:
     return isinstance(value, str | torch.device)
 
@@ -325,13 +345,18 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 # ── starts ────────────────────────────────────────────────────────────────────────────────────
 
-# Modes reach into no other thread or process, and nothing else hears a tensor there.
+# Modes reach into no other thread or process, nor what TorchScript runs, and nothing else hears a
+# tensor there.
 _STARTERS: list[tuple[Any, str]] = [
     (threading.Thread, "start"),
     (ThreadPoolExecutor, "submit"),  # to threads that run already
     (BaseProcess, "start"),
     (ProcessPoolExecutor, "submit"),
     (os, "fork"),
+    (os, "forkpty"),
+    (_thread, "start_new_thread"),
+    (torch._C.ScriptFunction, "__call__"),  # noqa: SLF001 - no public one
+    (torch._C.ScriptMethod, "__call__"),  # noqa: SLF001 - no public one
 ]
 
 
@@ -394,7 +419,7 @@ def _refuse_hollow() -> None:
         if ledger.origins():
             ledger.ask(ledger.origins())
             # threading takes back what it noted after an Exception alone
-            raise HollowError("another thread or process would get hollow tensors")
+            raise HollowError("another thread or process, or TorchScript, would get hollow tensors")
 
 
 @contextmanager
