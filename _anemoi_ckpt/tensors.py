@@ -22,7 +22,14 @@ from _anemoi_ckpt.variables import few
 
 def is_strided(value: Any) -> bool:
     """Tell whether a value is a dense tensor."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+    is_tensor = isinstance(value, torch.Tensor) and not value.is_nested
+    return is_tensor and value.layout is torch.strided
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Give the shape of a tensor; None for what is no tensor, or a nested one: it has several."""
+    is_tensor = isinstance(value, torch.Tensor) and not value.is_nested
+    return tuple(value.shape) if is_tensor else None
 
 
 def is_inexact(tensor: torch.Tensor) -> bool:
