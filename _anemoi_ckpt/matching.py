@@ -196,26 +196,24 @@ def with_keys(
     """
     model_tensors = tensors_of(model)
     missing = dict.fromkeys(missing)  # a hook may tell of some that are no tensors
-    absent = set(missing)
-    filled = {_identity(value) for name, value in model_tensors.items() if name not in absent}
+    present = (value for name, value in model_tensors.items() if name not in missing)
+    filled = set(map(_identity, present)) if missing else set()
     absent = {
         name
-        for name in absent
+        for name in missing
         if name not in model_tensors or _identity(model_tensors[name]) not in filled
     }
     shapes = {name: match.original.shapes.get(name) for name in absent}
     mismatched = _differing(shapes, model_tensors)
-    to_come = {_identity(model_tensors[n]) for n in match.fitting if n in model_tensors}
-    hollow = [
-        name
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-        if value.is_meta and name not in absent and _identity(value) not in to_come
-    ]
+    named = (*model.named_parameters(), *model.named_buffers())
+    on_meta = {n: value for n, value in named if value.is_meta and n not in absent}
+    fitting = (model_tensors[n] for n in match.fitting if n in model_tensors)
+    to_come = set(map(_identity, fitting)) if on_meta else set()
     return match._replace(
         missing=tuple(n for n in (model_tensors | missing) if n in absent and n not in mismatched),
         unexpected=tuple(dict.fromkeys((*match.unexpected, *unexpected))),
         mismatched={name: mismatched[name] for name in model_tensors if name in mismatched},
-        on_meta=tuple(hollow),
+        on_meta=tuple(n for n, value in on_meta.items() if _identity(value) not in to_come),
     )
 
 

@@ -28,8 +28,10 @@ def is_strided(value: Any) -> bool:
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
     """Give the shape of a tensor; None for what is no tensor, or a nested one: it has several."""
-    is_tensor = isinstance(value, torch.Tensor) and not value.is_nested
-    return tuple(value.shape) if is_tensor else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    with without_modes():  # which would answer the same, and take longer
+        return None if value.is_nested else tuple(value.shape)
 
 
 def is_inexact(tensor: torch.Tensor) -> bool:
@@ -39,19 +41,18 @@ def is_inexact(tensor: torch.Tensor) -> bool:
 
 def view_key(tensor: torch.Tensor) -> Hashable:
     """Give a key that is equal for tensors that are the same view of the same memory."""
-    if not is_strided(tensor):
-        return id(tensor)
     with without_modes():  # a hollow tensor has a storage, too
-        storage = tensor.untyped_storage()
-    return (
-        StorageWeakRef(storage),  # equal for the same storage
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+        if not is_strided(tensor):
+            return id(tensor)
+        return (
+            StorageWeakRef(tensor.untyped_storage()),  # equal for the same storage
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
 
 
 def snapshot(value: Any) -> Any:
