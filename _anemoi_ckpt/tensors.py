@@ -166,6 +166,15 @@ def drops_parts(old: torch.dtype, new: torch.dtype) -> bool:
     return old.is_floating_point and not (new.is_floating_point or new.is_complex)
 
 
+def casts_to(dtype: torch.dtype) -> bool:
+    """Tell whether torch casts tensors to a dtype: to those of quantized tensors it does not."""
+    try:
+        torch.zeros(1, device="cpu").to(dtype)
+    except RuntimeError:
+        return False
+    return True
+
+
 def loses_values(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a cast changes values of a dense tensor by more than rounding.
 

@@ -731,6 +731,13 @@ def load_into_real(*tensors: torch.Tensor) -> Any:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
+def test_a_flag_among_many_small_records_costs_its_own(http_server) -> None:
+    small = {f"w{i}": torch.full((16_000,), float(i)) for i in range(100)}  # 64 kB each
+    uri = http_server.put("a.ckpt", as_bytes({**small, "flag": torch.tensor(True)}))
+    assert load(uri, lambda c: c["w1"].shape if c["flag"].item() else None) == (16_000,)
+    assert http_server.bytes_sent < 1024**2
+
+
 def test_all_values_are_asked_for_in_few_rounds(counters) -> None:
     rounds = []
 
