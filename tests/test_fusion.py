@@ -527,6 +527,13 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "ordered": OrderedDict,
     "chained": lambda sd: functools.reduce(torch.add, [sd["v"], sd["p"], torch.ones(3)]),
     "no_grad": torch.no_grad()(lambda sd: sd["p"] * 2),
+    "strides of eig": lambda sd: torch.linalg.eig(sd["m"])[1].stride(),
+    "strides of svd": lambda sd: [
+        t.stride() for f in (torch.svd, torch.linalg.svd) for t in f(sd["m"])
+    ],
+    "strides of svd_lowrank": lambda sd: [t.stride() for t in torch.svd_lowrank(sd["m"], 2)],
+    "strides of pca_lowrank": lambda sd: [t.stride() for t in torch.pca_lowrank(sd["m"], 2)],
+    "strides of nonzero_static": lambda sd: torch.nonzero_static(sd["m"], size=4).stride(),
     "condition": lambda sd: torch.linalg.cond(sd["m"]).item(),
     "singular values": lambda sd: torch.linalg.svdvals(sd["m"]).tolist(),
     "meta of one's own": lambda sd: [t.is_meta for t in (torch.empty(2, device="meta"), sd["w"])],
