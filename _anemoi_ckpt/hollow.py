@@ -246,10 +246,7 @@ class _Questions(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name in _ANSWERED_BY_ANOTHER or (name == "type" and len(args) == 1 and not kwargs):
             return self._answered_by_another(func, tensors, keys)
-        on_meta = all(tensor.is_meta for tensor in tensors)
-        if is_setter and name != "requires_grad" and not on_meta:
-            raise self._asked(keys)
-        if name in ("cpu", "to") and on_meta:
+        if name in ("cpu", "to") and all(tensor.is_meta for tensor in tensors):
             places = {str(each) for each in (*args, *kwargs.values()) if _is_device(each)}
             if places - {"cpu"}:
                 raise self._asked(keys)
@@ -326,8 +323,6 @@ def _moved_to_meta(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """Let a move to the CPU leave hollow tensors where they are."""
     first, *others = ("meta" if _is_device(each) else each for each in args)
     kwargs = {key: "meta" if _is_device(each) else each for key, each in kwargs.items()}
-    if not any(map(_is_device, (*others, *kwargs.values()))):
-        kwargs["device"] = "meta"
     return torch.Tensor.to, (first, *others), kwargs
 
 

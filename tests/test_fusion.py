@@ -527,6 +527,13 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "ordered": OrderedDict,
     "chained": lambda sd: functools.reduce(torch.add, [sd["v"], sd["p"], torch.ones(3)]),
     "no_grad": torch.no_grad()(lambda sd: sd["p"] * 2),
+    "by keyword": lambda sd: [torch.add(input=sd["v"], other=1), F.relu(input=sd["w"]).tolist()],
+    "a parameter's data": lambda sd: (
+        setattr(p := nn.Parameter(torch.ones(3)), "data", sd["v"]) or p
+    ),
+    "a parameter's gradient": lambda sd: (
+        setattr(p := nn.Parameter(torch.ones(3)), "grad", sd["v"]) or (p.grad, p.grad.tolist())
+    ),
     "strides of eig": lambda sd: torch.linalg.eig(sd["m"])[1].stride(),
     "strides of svd": lambda sd: [
         t.stride() for f in (torch.svd, torch.linalg.svd) for t in f(sd["m"])
@@ -714,6 +721,13 @@ def counters(http_server) -> str:
     return http_server.put("a.ckpt", as_bytes(held))
 
 
+def copied(checkpoint: Any) -> Any:
+    one, other = checkpoint["w1"].clone(), checkpoint["w2"].clone()
+    one.requires_grad = True
+    torch._foreach_mul_([other], 2)
+    return one.requires_grad, other.shape
+
+
 @pytest.mark.parametrize(
     ("strategy", "megabytes"),
     [
@@ -723,6 +737,7 @@ def counters(http_server) -> str:
         (lambda c: {k: t for k, t in c.items() if t.numel() > 1 and k[1:] == str(int(c["n7"]))}, 2),
         (lambda c: c["w4"].sum().item(), 2),
         (lambda c: weights(load_into_real(c["w5"], c["w6"])), 4),
+        (copied, 0),
         (lambda c: [c["w1"].device, c["w1"].is_meta, c["w2"].type(), c["w3"].cpu().shape], 0),
     ],
 )
@@ -736,6 +751,13 @@ def load_into_real(*tensors: torch.Tensor) -> Any:
     model = nn.ParameterList([torch.zeros(500_000) for _ in tensors])
     model.load_state_dict({str(i): tensor for i, tensor in enumerate(tensors)})
     return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def test_a_mistake_in_a_strategy_moves_nothing(counters, http_server) -> None:
+    for mistake in (lambda c: c["typo"], lambda c: c["w1"].reshape(2, -1).missing):
+        with pytest.raises((KeyError, AttributeError)):
+            load(counters, mistake)
+    assert http_server.bytes_sent < 1024**2
 
 
 def test_a_flag_among_many_small_records_costs_its_own(http_server) -> None:
