@@ -269,6 +269,11 @@ def counted(sd: Any) -> Any:
     return sd["w"] if sd["n"].item() == 3 else sd["v"]
 
 
+def unheard(sd: Any) -> Any:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return sd["w"] * 2
+
+
 def ties(sd: Any) -> Any:
     both = {"a": sd["w"], "b": sd["w"][0], "c": sd["v"]}
     return len({t.untyped_storage().data_ptr() for t in both.values()})
@@ -527,6 +532,7 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "ordered": OrderedDict,
     "chained": lambda sd: functools.reduce(torch.add, [sd["v"], sd["p"], torch.ones(3)]),
     "no_grad": torch.no_grad()(lambda sd: sd["p"] * 2),
+    "unheard by any mode": unheard,
     "by keyword": lambda sd: [torch.add(input=sd["v"], other=1), F.relu(input=sd["w"]).tolist()],
     "a parameter's data": lambda sd: (
         setattr(p := nn.Parameter(torch.ones(3)), "data", sd["v"]) or p
