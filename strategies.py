@@ -72,6 +72,7 @@ from _anemoi_ckpt.steps import (
     run_chain,
 )
 from _anemoi_ckpt.tensors import (
+    casts_to,
     change_tensors,
     drops_parts,
     is_strided,
@@ -631,7 +632,8 @@ def cast(
             real ones.
 
     Raises:
-        TypeError: `dtype` is not a `torch.dtype`, or a glob is not a string.
+        TypeError: `dtype` is not a `torch.dtype`, torch casts nothing to it (as to ``qint8``), or a
+            glob is not a string.
         MismatchError: (the strategy) a glob chooses nothing, or `lossy` is False and a cast would
             drop fractions or imaginary parts.
 
@@ -642,6 +644,8 @@ def cast(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"cast takes a torch.dtype, not {dtype!r}")
+    if not casts_to(dtype):
+        raise TypeError(f"cast takes a torch.dtype that tensors can be cast to, not {dtype}")
     check_texts("cast", globs or ("*",))
 
     @on_weights

@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 from _anemoi_ckpt.anatomy import is_extra_state
+from _anemoi_ckpt.tensors import shape_of
 from _anemoi_ckpt.variables import few
 
 _COMPILED = "_orig_mod."
@@ -21,9 +20,7 @@ Shapes = dict[str, tuple[int, ...] | None]  # None: not a tensor, or extra state
 def shapes_of(state_dict: Mapping[str, Any]) -> Shapes:
     """Give the shape of each entry of a state dict, by name."""
     return {
-        name: tuple(value.shape)
-        if isinstance(value, torch.Tensor) and not is_extra_state(name)
-        else None
+        name: None if is_extra_state(name) else shape_of(value)
         for name, value in state_dict.items()
     }
 

@@ -51,6 +51,9 @@ warn_if_untried(torch.__version__)  # once: a module is imported once
 FILLS_MIXED_DEVICES = version_of(torch.__version__) >= (2, 7)
 
 
+AUTOCAST_BY_DEVICE = version_of(torch.__version__) >= (2, 4)
+
+
 class MissingDtypeError(ValueError):
     """A tensor has a dtype that the running torch does not have."""
 
@@ -77,6 +80,18 @@ def has_own_memory(tensor: torch.Tensor) -> bool:
 def without_modes() -> Any:
     """Keep modes from hearing what is asked of tensors meanwhile (no public one does)."""
     return torch._C.DisableTorchFunction()  # noqa: SLF001 - torch's own subclasses use it
+
+
+def without_dispatch() -> Any:
+    """Keep modes from hearing operations meanwhile (no public one does)."""
+    return torch._C._DisableTorchDispatch()  # noqa: SLF001 - as torch's own modes use it
+
+
+def casts_by_itself() -> bool:
+    """Tell whether autocast is on for the CPU (until 2.4, by a function of another name)."""
+    if AUTOCAST_BY_DEVICE:
+        return torch.is_autocast_enabled("cpu")
+    return torch.is_autocast_cpu_enabled()
 
 
 def store_of(group: Any) -> Any:

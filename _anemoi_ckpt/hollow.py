@@ -5,13 +5,15 @@ ledger · questions · starts · build
 
 from __future__ import annotations
 
+import _thread
 import functools
 import os
 import re
 import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from _anemoi_ckpt.compat import without_modes
+from _anemoi_ckpt.compat import casts_by_itself, without_dispatch, without_modes
 from _anemoi_ckpt.errors import CheckpointError, CorruptError
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, storage_id, unreadable
 from _anemoi_ckpt.pickles.reading import Trust, TrustedCodeError
@@ -215,6 +217,8 @@ _ANSWERED = frozenset(
 _ANSWERED_BY_ANOTHER = frozenset(
     ("device", "get_device", "is_cpu", "is_cuda", "is_meta", "is_pinned", "is_shared")
 )
+# What has other strides on the meta device than on the CPU (of some 600 functions, in torch 2.13).
+_DIFFERING = frozenset(("linalg_eig", "linalg_svd", "nonzero_static", "svd"))
 
 
 class _Questions(TorchFunctionMode):
@@ -238,13 +242,11 @@ class _Questions(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         keys = self._keys_of(tensors) if tensors else None
         if not keys:
-            return func(*args, **kwargs)
+            with _as_without_ledger(func, tensors):
+                return func(*args, **kwargs)
         if name in _ANSWERED_BY_ANOTHER or (name == "type" and len(args) == 1 and not kwargs):
             return self._answered_by_another(func, tensors, keys)
-        on_meta = all(tensor.is_meta for tensor in tensors)
-        if is_setter and name != "requires_grad" and not on_meta:
-            raise self._asked(keys)
-        if name in ("cpu", "to") and on_meta:
+        if name in ("cpu", "to") and all(tensor.is_meta for tensor in tensors):
             places = {str(each) for each in (*args, *kwargs.values()) if _is_device(each)}
             if places - {"cpu"}:
                 raise self._asked(keys)
@@ -259,6 +261,8 @@ class _Questions(TorchFunctionMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, keys: set[str]) -> Any:
+        if casts_by_itself() or _name(func)[0] in _DIFFERING:  # autocast casts none on meta
+            raise self._asked(keys)
         try:
             return func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as err:
@@ -296,6 +300,21 @@ def _name(func: Any) -> tuple[str, bool]:
     return name, False
 
 
+def _as_without_ledger(func: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Let a function of real tensors compute as it does outside a load.
+
+    With a dispatch mode on, torch computes some values in another way, whose last bits differ.
+    It stays on for Python code that the function may call, for subclasses of Tensor, and where the
+    user's code has a mode on.
+    """
+    alone = torch._C._len_torch_dispatch_stack() == 1  # noqa: SLF001 - no public one
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return without_dispatch() if alone and plain and isinstance(func, _BUILTIN) else nullcontext()
+
+
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
 def _is_device(value: Any) -> bool:
     return isinstance(value, str | torch.device)
 
@@ -304,8 +323,6 @@ def _moved_to_meta(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """Let a move to the CPU leave hollow tensors where they are."""
     first, *others = ("meta" if _is_device(each) else each for each in args)
     kwargs = {key: "meta" if _is_device(each) else each for key, each in kwargs.items()}
-    if not any(map(_is_device, (*others, *kwargs.values()))):
-        kwargs["device"] = "meta"
     return torch.Tensor.to, (first, *others), kwargs
 
 
@@ -325,13 +342,18 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 # ── starts ────────────────────────────────────────────────────────────────────────────────────
 
-# Modes reach into no other thread or process, and nothing else hears a tensor there.
+# Modes reach into no other thread or process, nor what TorchScript runs, and nothing else hears a
+# tensor there.
 _STARTERS: list[tuple[Any, str]] = [
     (threading.Thread, "start"),
     (ThreadPoolExecutor, "submit"),  # to threads that run already
     (BaseProcess, "start"),
     (ProcessPoolExecutor, "submit"),
     (os, "fork"),
+    (os, "forkpty"),
+    (_thread, "start_new_thread"),
+    (torch._C.ScriptFunction, "__call__"),  # noqa: SLF001 - no public one
+    (torch._C.ScriptMethod, "__call__"),  # noqa: SLF001 - no public one
 ]
 
 
@@ -394,7 +416,7 @@ def _refuse_hollow() -> None:
         if ledger.origins():
             ledger.ask(ledger.origins())
             # threading takes back what it noted after an Exception alone
-            raise HollowError("another thread or process would get hollow tensors")
+            raise HollowError("another thread or process, or TorchScript, would get hollow tensors")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from _anemoi_ckpt.matching import (
     with_keys,
 )
 from _anemoi_ckpt.ranks import Ranks
-from _anemoi_ckpt.tensors import is_strided, loses_values
+from _anemoi_ckpt.tensors import is_inexact, is_strided, loses_values
 
 _BATCHES = 16  # in which a sharded model gets its parts: each looks at all of the model
 
@@ -187,8 +187,9 @@ def _assign(
             kept = copy.deepcopy(module.get_extra_state())
             undo.callback(_give_back, module.set_extra_state, kept)
     names = tensors_of(model)
-    # the model's own, so that none of the checkpoint's parameters becomes one of the model's
-    values = state_dict_like(values, {n: _detached(value) for n, value in values.items()})
+    values = state_dict_like(
+        values, {n: _assignable(value, names.get(n)) for n, value in values.items()}
+    )
     options = accepted(model.load_state_dict, strict=False, **({"assign": True} if assign else {}))
     keys = model.load_state_dict(values, **options)
     if keys is None:  # a method of the model's own
@@ -215,14 +216,29 @@ def _as_before(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad():
-        if tensor.shape != values.shape:  # an observer takes the checkpoint's size
+    if tensor.shape != values.shape:  # an observer takes the checkpoint's size
+        with torch.no_grad():
             tensor.resize_(values.shape)
+    _write(tensor, values)
+
+
+def _write(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    # outside of its mode, torch writes into an inference tensor before it refuses to
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(values)
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def _assignable(value: Any, target: Any) -> Any:
+    """Make a value one that the model can take in the place of its own, and keep apart from it.
+
+    A parameter of the checkpoint does not become one of the model, and one of the model does not
+    become an integer, which has no gradient.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(target, torch.nn.Parameter) and target.requires_grad and not is_inexact(value):
+        return value.to(target.dtype)
+    return value.detach()
 
 
 def _give_back(take: Callable[[Any], Any], state: Any) -> None:
@@ -254,8 +270,7 @@ def _settle(slots: list[_Slot], undo: ExitStack) -> list[_Copy]:
             copies.append((old, new))
         elif stays:
             before = old.detach().clone()
-            with torch.no_grad():
-                old.copy_(new)
+            _write(old, new)
             undo.callback(_put_back, old, before)
     return copies
 

@@ -17,7 +17,7 @@ from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
 from _anemoi_ckpt.places.streams import Place
-from _anemoi_ckpt.planning import Strategy, planned
+from _anemoi_ckpt.planning import Strategy, planned, random_states
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
 from _anemoi_ckpt.steps import check_strategies
@@ -105,12 +105,14 @@ def _completed(
     records = checkpoint.archive.records
     storages: dict[str, torch.UntypedStorage] = {}
     while True:
+        rewind = random_states()
         plan = functools.partial(planned, checkpoint, storages, strategies, trust)
         found = plan() if ranks is None else ranks.together(plan)
         needed = found.needed if ranks is None else _any_rank_needs(ranks, found.needed)
         if not needed:
             return Loaded(found.result, checkpoint.bytes_moved, checkpoint.bytes_stored)
         del found  # its tensors are hollow
+        rewind()
         wanted = {key: record for key, record in records.items() if key in needed}
         fresh = fetched(checkpoint.source, wanted, progress, ranks)
         _swap_bytes(checkpoint.archive, fresh)

@@ -32,7 +32,7 @@ from _anemoi_ckpt.comparing import prefix_advice
 from _anemoi_ckpt.errors import MismatchError
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
-from _anemoi_ckpt.tensors import view_key
+from _anemoi_ckpt.tensors import shape_of, view_key
 from _anemoi_ckpt.variables import Variables, read_checkpoint
 
 Shape = tuple[int, ...]
@@ -195,26 +195,25 @@ def with_keys(
     One of tied names fills all, though `load_state_dict` tells the others as missing.
     """
     model_tensors = tensors_of(model)
-    absent = set(missing)
-    filled = {_identity(value) for name, value in model_tensors.items() if name not in absent}
+    missing = dict.fromkeys(missing)  # a hook may tell of some that are no tensors
+    present = (value for name, value in model_tensors.items() if name not in missing)
+    filled = set(map(_identity, present)) if missing else set()
     absent = {
         name
-        for name in absent
+        for name in missing
         if name not in model_tensors or _identity(model_tensors[name]) not in filled
     }
     shapes = {name: match.original.shapes.get(name) for name in absent}
     mismatched = _differing(shapes, model_tensors)
-    to_come = {_identity(model_tensors[n]) for n in match.fitting if n in model_tensors}
-    hollow = [
-        name
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-        if value.is_meta and name not in absent and _identity(value) not in to_come
-    ]
+    named = (*model.named_parameters(), *model.named_buffers())
+    on_meta = {n: value for n, value in named if value.is_meta and n not in absent}
+    fitting = (model_tensors[n] for n in match.fitting if n in model_tensors)
+    to_come = set(map(_identity, fitting)) if on_meta else set()
     return match._replace(
-        missing=tuple(n for n in model_tensors if n in absent and n not in mismatched),
+        missing=tuple(n for n in (model_tensors | missing) if n in absent and n not in mismatched),
         unexpected=tuple(dict.fromkeys((*match.unexpected, *unexpected))),
         mismatched={name: mismatched[name] for name in model_tensors if name in mismatched},
-        on_meta=tuple(hollow),
+        on_meta=tuple(n for n, value in on_meta.items() if _identity(value) not in to_come),
     )
 
 
@@ -361,7 +360,9 @@ def state_dict_like(original: Any, items: Mapping[str, Any]) -> OrderedDict[str,
 
 def _goes_into(value: Any, target: Any) -> bool:
     both = isinstance(value, torch.Tensor) and isinstance(target, torch.Tensor)
-    return both and (torch.nn.parameter.is_lazy(target) or value.layout == target.layout)
+    if not both or value.is_nested or target.is_nested:  # torch copies no nested ones
+        return False
+    return _is_lazy(target) or value.layout == target.layout
 
 
 def _states(place: str, checkpoint: Mapping[str, Any], kind: str, count: int) -> Sequence[Any]:
@@ -377,11 +378,11 @@ def _states(place: str, checkpoint: Mapping[str, Any], kind: str, count: int) ->
 
 
 def _shape(value: Any) -> Shape | None:
-    """Give a tensor's shape; None if it has none yet (a lazy module's), or is no tensor."""
-    return tuple(value.shape) if isinstance(value, torch.Tensor) and not _is_lazy(value) else None
+    """Give a tensor's shape; None if it has none yet (a lazy module's), as `shape_of` otherwise."""
+    return None if _is_lazy(value) else shape_of(value)
 
 
-def _is_lazy(value: torch.Tensor) -> bool:
+def _is_lazy(value: Any) -> bool:
     return bool(torch.nn.parameter.is_lazy(value))
 
 

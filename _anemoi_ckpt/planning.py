@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -69,7 +71,9 @@ def planned(
     try:
         with watch():
             result = applied(strategies, checkpoint.pop(), archive.place)  # keeps nothing alive
-    except (Exception, AskedError) as err:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # some of torch's own derive from it, and hold what was asked for
         if absent and ledger.was_asked(err):
             return Planned(None, _asked(ledger, archive, storages) or absent)
         raise
@@ -81,6 +85,27 @@ def planned(
     if not needed and _has_hollow(result):
         needed = absent
     return Planned(result, needed)
+
+
+def random_states() -> Callable[[], None]:
+    """Note the states of the generators that the process shares; give what puts them back.
+
+    The program then goes on with the numbers that follow one run of a strategy.
+    """
+    generators = (torch.default_generator, *torch.cuda.default_generators)
+    states = [(generator, generator.get_state()) for generator in generators]
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy.random")  # which torch does without
+    array = numpy and numpy.get_state()
+
+    def rewind() -> None:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(python)
+        if numpy:
+            numpy.set_state(array)
+
+    return rewind
 
 
 def _asked(

@@ -22,7 +22,16 @@ from _anemoi_ckpt.variables import few
 
 def is_strided(value: Any) -> bool:
     """Tell whether a value is a dense tensor."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+    is_tensor = isinstance(value, torch.Tensor) and not value.is_nested
+    return is_tensor and value.layout is torch.strided
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Give the shape of a tensor; None for what is no tensor, or a nested one: it has several."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    with without_modes():  # which would answer the same, and take longer
+        return None if value.is_nested else tuple(value.shape)
 
 
 def is_inexact(tensor: torch.Tensor) -> bool:
@@ -32,19 +41,18 @@ def is_inexact(tensor: torch.Tensor) -> bool:
 
 def view_key(tensor: torch.Tensor) -> Hashable:
     """Give a key that is equal for tensors that are the same view of the same memory."""
-    if not is_strided(tensor):
-        return id(tensor)
     with without_modes():  # a hollow tensor has a storage, too
-        storage = tensor.untyped_storage()
-    return (
-        StorageWeakRef(storage),  # equal for the same storage
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+        if not is_strided(tensor):
+            return id(tensor)
+        return (
+            StorageWeakRef(tensor.untyped_storage()),  # equal for the same storage
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
 
 
 def snapshot(value: Any) -> Any:
@@ -156,6 +164,15 @@ def drops_parts(old: torch.dtype, new: torch.dtype) -> bool:
     if old.is_complex:
         return not new.is_complex
     return old.is_floating_point and not (new.is_floating_point or new.is_complex)
+
+
+def casts_to(dtype: torch.dtype) -> bool:
+    """Tell whether torch casts tensors to a dtype: to those of quantized tensors it does not."""
+    try:
+        torch.zeros(1, device="cpu").to(dtype)
+    except RuntimeError:
+        return False
+    return True
 
 
 def loses_values(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

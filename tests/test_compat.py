@@ -21,10 +21,11 @@ from pytest_mock import MockerFixture
 from torch import nn
 
 import needs
-from _anemoi_ckpt import installing
+from _anemoi_ckpt import compat, installing
 from _anemoi_ckpt.compat import (
     DTYPES_SINCE,
     NEWEST_TRIED,
+    casts_by_itself,
     has_own_memory,
     store_of,
     version_of,
@@ -810,6 +811,15 @@ def test_a_sharded_model_on_meta_is_filled_at_once_where_torch_wants_that(
     whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
     assert_same(whole, {name: value.float() for name, value in given.items()})
     assert calls.call_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.is_autocast_cpu_enabled:DeprecationWarning")
+def test_autocast_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(torch, "is_autocast_cpu_enabled"):
+        monkeypatch.setattr(compat, "AUTOCAST_BY_DEVICE", False)  # as torch 2.3
+    assert not casts_by_itself()
+    with torch.autocast("cpu"):
+        assert casts_by_itself()
 
 
 # ── versions ──────────────────────────────────────────────────────────────────────────────────

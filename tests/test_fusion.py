@@ -3,6 +3,7 @@
 What a function writes into files counts as well, and what it leaves in objects that it returns.
 """
 
+import _thread
 import contextlib
 import copy
 import dataclasses
@@ -13,6 +14,9 @@ import json
 import os
 import pickle
 import pprint
+import random
+import sys
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from torch.nn import functional as F  # noqa: N812 - as everyone writes it
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import servers
+from _anemoi_ckpt.planning import random_states
 from anemoi_ckpt import load, save
 from checkpoints import as_bytes, assert_same
 from strategies import pipe, weights
@@ -89,6 +94,46 @@ def in_thread(function: Callable[[Any], Any], value: Any) -> Any:
     thread.start()
     thread.join()
     return results
+
+
+def in_bare_thread(function: Callable[[Any], Any], value: Any) -> Any:
+    results: list[Any] = []
+    done = threading.Event()
+    _thread.start_new_thread(lambda: (results.append(function(value)), done.set()), ())
+    done.wait()
+    return results
+
+
+def device_by_torchscript(x: torch.Tensor) -> bool:
+    return x.device == torch.device("cpu")
+
+
+class DeviceByTorchScript(nn.Module):
+    def forward(self, x: torch.Tensor) -> bool:
+        return x.is_meta
+
+
+def by_torchscript(tensor: torch.Tensor) -> Any:
+    return torch.jit.script(device_by_torchscript)(tensor)
+
+
+def by_module_of_torchscript(tensor: torch.Tensor) -> Any:
+    return torch.jit.script(DeviceByTorchScript())(tensor)
+
+
+def in_autocast(tensor: torch.Tensor) -> Any:
+    with torch.autocast(tensor.device.type):
+        return (tensor @ tensor.T).dtype
+
+
+def distributed(tensor: torch.Tensor) -> Any:
+    from torch.distributed import checkpoint
+
+    result = {"w": torch.zeros(2, 3)}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save({"w": tensor}, checkpoint_id=folder, no_dist=True)
+        checkpoint.load(result, checkpoint_id=folder, no_dist=True)
+    return result
 
 
 def in_pool(function: Callable[[Any], Any], values: Any) -> list[Any]:
@@ -222,6 +267,11 @@ def swallowed(error: type[BaseException]) -> Callable[[Any], Any]:
 
 def counted(sd: Any) -> Any:
     return sd["w"] if sd["n"].item() == 3 else sd["v"]
+
+
+def unheard(sd: Any) -> Any:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return sd["w"] * 2
 
 
 def ties(sd: Any) -> Any:
@@ -403,6 +453,11 @@ OF_W: dict[str, Callable[[torch.Tensor], Any]] = {
     "swap": lambda t: (torch.zeros(2, 3) + t).neg_(),
     "share_memory_": lambda t: t.clone().share_memory_().is_shared(),
     "thread": lambda t: in_thread(repr, t),
+    "bare thread": lambda t: in_bare_thread(repr, t),
+    "torchscript": by_torchscript,
+    "module of torchscript": by_module_of_torchscript,
+    "autocast": in_autocast,
+    "torch.distributed.checkpoint": distributed,
     "pool": lambda t: in_pool(lambda row: (str(row.device), repr(row)), t),
     "pool that computes": lambda t: in_pool(lambda row: row * 2, t),
     **({"fork": forked} if hasattr(os, "fork") else {}),
@@ -477,7 +532,23 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "ordered": OrderedDict,
     "chained": lambda sd: functools.reduce(torch.add, [sd["v"], sd["p"], torch.ones(3)]),
     "no_grad": torch.no_grad()(lambda sd: sd["p"] * 2),
-    "autocast": lambda sd: nn.Linear(3, 2)(sd["v"]).shape,
+    "unheard by any mode": unheard,
+    "by keyword": lambda sd: [torch.add(input=sd["v"], other=1), F.relu(input=sd["w"]).tolist()],
+    "a parameter's data": lambda sd: (
+        setattr(p := nn.Parameter(torch.ones(3)), "data", sd["v"]) or p
+    ),
+    "a parameter's gradient": lambda sd: (
+        setattr(p := nn.Parameter(torch.ones(3)), "grad", sd["v"]) or (p.grad, p.grad.tolist())
+    ),
+    "strides of eig": lambda sd: torch.linalg.eig(sd["m"])[1].stride(),
+    "strides of svd": lambda sd: [
+        t.stride() for f in (torch.svd, torch.linalg.svd) for t in f(sd["m"])
+    ],
+    "strides of svd_lowrank": lambda sd: [t.stride() for t in torch.svd_lowrank(sd["m"], 2)],
+    "strides of pca_lowrank": lambda sd: [t.stride() for t in torch.pca_lowrank(sd["m"], 2)],
+    "strides of nonzero_static": lambda sd: torch.nonzero_static(sd["m"], size=4).stride(),
+    "condition": lambda sd: torch.linalg.cond(sd["m"]).item(),
+    "singular values": lambda sd: torch.linalg.svdvals(sd["m"]).tolist(),
     "meta of one's own": lambda sd: [t.is_meta for t in (torch.empty(2, device="meta"), sd["w"])],
     "result on meta": lambda sd: sd["w"].to("meta").device.type,
     "tree_map": lambda sd: torch.utils._pytree.tree_map(lambda t: t + t, dict(sd)),
@@ -618,6 +689,32 @@ def test_a_bare_storage_is_never_hollow(tmp_path: Path) -> None:
     assert load(tmp_path / "a.ckpt", lambda c: str(c["s"].device)) == "cpu"
 
 
+def draws(sd: Any) -> Any:
+    """Draw from each shared generator, before and after it asks for values."""
+    first = [torch.rand(2), random.random(), np.random.rand()]  # noqa: NPY002 - the shared one
+    noise = sd["w"] + torch.randn_like(sd["w"]) + sd["n"].item() + random.random()
+    return first, noise, noise.sum().item()
+
+
+def test_a_strategy_draws_as_in_one_run(path: Path) -> None:
+    def drawn(run: Callable[[], Any]) -> Any:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - likewise
+        return run(), draws(HELD)
+
+    assert_same(
+        drawn(lambda: load(path, weights, draws)), drawn(lambda: draws(weights(load(path))))
+    )
+
+
+def test_a_generator_of_numpy_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    rewind, expected = random_states(), random.random()
+    rewind()
+    assert random.random() == expected
+
+
 # ── frugality ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -630,6 +727,13 @@ def counters(http_server) -> str:
     return http_server.put("a.ckpt", as_bytes(held))
 
 
+def copied(checkpoint: Any) -> Any:
+    one, other = checkpoint["w1"].clone(), checkpoint["w2"].clone()
+    one.requires_grad = True
+    torch._foreach_mul_([other], 2)
+    return one.requires_grad, other.shape
+
+
 @pytest.mark.parametrize(
     ("strategy", "megabytes"),
     [
@@ -639,6 +743,7 @@ def counters(http_server) -> str:
         (lambda c: {k: t for k, t in c.items() if t.numel() > 1 and k[1:] == str(int(c["n7"]))}, 2),
         (lambda c: c["w4"].sum().item(), 2),
         (lambda c: weights(load_into_real(c["w5"], c["w6"])), 4),
+        (copied, 0),
         (lambda c: [c["w1"].device, c["w1"].is_meta, c["w2"].type(), c["w3"].cpu().shape], 0),
     ],
 )
@@ -652,6 +757,20 @@ def load_into_real(*tensors: torch.Tensor) -> Any:
     model = nn.ParameterList([torch.zeros(500_000) for _ in tensors])
     model.load_state_dict({str(i): tensor for i, tensor in enumerate(tensors)})
     return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def test_a_mistake_in_a_strategy_moves_nothing(counters, http_server) -> None:
+    for mistake in (lambda c: c["typo"], lambda c: c["w1"].reshape(2, -1).missing):
+        with pytest.raises((KeyError, AttributeError)):
+            load(counters, mistake)
+    assert http_server.bytes_sent < 1024**2
+
+
+def test_a_flag_among_many_small_records_costs_its_own(http_server) -> None:
+    small = {f"w{i}": torch.full((16_000,), float(i)) for i in range(100)}  # 64 kB each
+    uri = http_server.put("a.ckpt", as_bytes({**small, "flag": torch.tensor(True)}))
+    assert load(uri, lambda c: c["w1"].shape if c["flag"].item() else None) == (16_000,)
+    assert http_server.bytes_sent < 1024**2
 
 
 def test_all_values_are_asked_for_in_few_rounds(counters) -> None:

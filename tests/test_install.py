@@ -16,7 +16,7 @@ import servers
 from _anemoi_ckpt.tables import folded
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, quiet_trainer
-from strategies import compose, drop_optimizer, weights
+from strategies import compose, drop_optimizer, filter_shapes, weights
 
 
 class Tied(nn.Module):
@@ -457,7 +457,25 @@ def without_counter() -> dict[str, Any]:
     return state
 
 
+class Telling(nn.Linear):
+    """A module that tells of names that are no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        pre_hook(self, self._tell)
+
+    def _tell(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+        missing, unexpected = rest[2:4]
+        missing.append(f"{prefix}codebook")
+        unexpected.append(f"{prefix}table")
+
+
 LOADING = {
+    "integers for floating-point weights": (
+        lambda: nn.Sequential(nn.Linear(2, 2)),
+        lambda: {"0.weight": torch.tensor([[3, -1], [0, 200]]), "0.bias": torch.ones(2) > 0},
+    ),
+    "a hook tells of names": (Telling, lambda: filled(Telling()).state_dict()),
     "a hook renames": (Renaming, renamed_state),
     "a module drops a name": (Frozen, lambda: filled(nn.BatchNorm1d(3)).state_dict()),
     "batch norm of torch 0.4": (lambda: nn.BatchNorm1d(3), without_counter),
@@ -479,8 +497,9 @@ LOADING = {
 def test_a_model_is_filled_as_by_load_state_dict(case: str, stored: bool, tmp_path: Path) -> None:
     make, state = LOADING[case]
     torch.manual_seed(0)
-    expected, model = make(), make()
-    model.load_state_dict(expected.state_dict())
+    expected = make()
+    torch.manual_seed(0)
+    model = make()
     given = state()
     torch.save(given, tmp_path / "a.ckpt")
     keys = expected.load_state_dict(copy.copy(given), **({} if case.startswith("me") else LOOSE))
@@ -865,6 +884,43 @@ def test_values_that_are_no_tensors_of_the_model_change_nothing() -> None:
         with pytest.raises(MismatchError, match="1 are no tensors of the model's layout: bias"):
             load_into(model, {"weight": torch.ones(2, 2), "bias": bias})
         assert_same(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_told_and_nothing_breaks(layout: torch.layout) -> None:
+    def nested() -> torch.Tensor:
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+    model = nn.Linear(2, 2)
+    before = snapshot(model)
+    with pytest.raises(MismatchError, match="1 are no tensors of the model's layout: bias"):
+        load_into(model, {"weight": torch.ones(2, 2), "bias": nested()})
+    assert_same(snapshot(model), before)
+    assert load_into(model, {"weight": torch.ones(2, 2), "x": nested()}).unexpected == ("x",)
+    model.register_buffer("parts", nested())
+    assert load_into(model, {"weight": torch.ones(2, 2)}).missing == ("bias", "parts")
+    for parts in (nested(), torch.ones(2, 3)):
+        with pytest.raises(MismatchError, match="1 are no tensors of the model's layout: parts"):
+            load_into(model, {"weight": torch.ones(2, 2), "parts": parts})
+    left = filter_shapes(nn.Linear(2, 2))({"weight": nested(), "bias": torch.ones(2)})
+    assert list(left) == ["bias"]
+
+
+def test_a_model_made_in_inference_mode_is_filled_or_left() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    state = filled(nn.Linear(2, 2)).state_dict()
+    with pytest.raises(MismatchError):  # though torch has written when it refuses
+        load_into(
+            model,
+            {"state_dict": state, "optimizer_states": [{"bad": 1}]},
+            optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1),
+        )
+    assert_same({n: v.detach().clone() for n, v in model.named_parameters()}, before)
+    load_into(model, state)
+    assert_same({n: v.detach().clone() for n, v in model.named_parameters()}, dict(state))
 
 
 def test_versions_of_modules_reach_them() -> None:

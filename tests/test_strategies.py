@@ -866,6 +866,8 @@ def test_cast_takes_globs() -> None:
 
 
 def test_cast_is_checked_at_once() -> None:
+    with pytest.raises(TypeError, match=r"that tensors can be cast to, not torch\.qint8"):
+        cast(torch.qint8, lossy=True)
     with pytest.raises(TypeError, match=r"cast takes a torch.dtype, not 'bfloat16'"):
         cast("bfloat16")  # type: ignore[arg-type] # a wrong argument is the case
     with pytest.raises(TypeError, match="cast takes text, not 3"):
