@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO, cast
 
@@ -15,7 +16,7 @@ from attrs import evolve
 
 from _anemoi_ckpt.errors import ChangedError
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
-from _anemoi_ckpt.places import URI, UnrangedError, Version, pinned
+from _anemoi_ckpt.places import URI, NoSuffixError, UnrangedError, Version, pinned
 from _anemoi_ckpt.places.explained import empty_file
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress, shown
@@ -88,16 +89,30 @@ def first_and_last(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
     version = find_version(uri, transport) if uri.asked_first else None
     source = Source(uri, version, transport)
     head, tail = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-    tasks = [partial(source.read, 0, [head]), partial(source.read, -BLOCK_BYTES, [tail])]
-    version, last = in_parallel(tasks, source)
-    pinned(uri, last, version)
+    tasks: list[Callable[[], Any]] = [
+        partial(source.read, 0, [head]),
+        partial(_read_end, source, tail),
+    ]
+    version, last = cast("tuple[Version, Version | None]", in_parallel(tasks, source))
     if not version.size:
         raise empty_file(uri)
+    if last is None and version.size > BLOCK_BYTES:
+        at_end = version.size - BLOCK_BYTES
+        last = evolve(source, version=version).read(at_end, [tail])
+    pinned(uri, last or version, version)
     blocks = {0: memoryview(head)[: version.size]}
     if version.size > BLOCK_BYTES:  # otherwise the first block is all there is
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
     source = evolve(source, version=version)
     return source, cast("BinaryIO", Blocks(source, blocks))
+
+
+def _read_end(source: Source, tail: bytearray) -> Version | None:
+    """Read the end of an object; None where that is only given by its offset."""
+    try:
+        return source.read(-len(tail), [tail])
+    except NoSuffixError:
+        return None
 
 
 def first_alone(source: Source) -> tuple[Source, BinaryIO]:

@@ -19,12 +19,14 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import _anemoi_ckpt.places
 import _anemoi_ckpt.progress
 import _anemoi_ckpt.transport
+import anemoi_ckpt
 import needs
 import servers
 from _anemoi_ckpt.blocks import streamed
@@ -222,6 +224,45 @@ def test_what_a_client_refuses_to_ask_is_not_asked_again(s3: servers.Store) -> N
     assert s3.server.log == []
 
 
+def refusing(how: int | str, size: int, data: bytes) -> Any:
+    """A server's answer to a range from the end; others it gives."""
+
+    def fault(request: servers.Request) -> servers.Fault | None:
+        if not (request.range or "").startswith("bytes=-"):
+            return None
+        if how == "everything":
+            return servers.Fault(ignore_range=True)
+        if isinstance(how, int):
+            return servers.Fault(status=how)
+        extent = f"bytes 0-65535/{size}"
+        return servers.Fault(status=206, body=data[:65536], headers={"Content-Range": extent})
+
+    return fault
+
+
+@pytest.mark.parametrize("place", ["http", "s3"], indirect=True)
+@pytest.mark.parametrize("how", [400, 405, 416, 501, "as 0-N", "everything"])
+def test_a_server_that_gives_no_range_from_the_end(place, how: int | str) -> None:
+    checkpoint = {"w": torch.arange(100_000), "rest": torch.zeros(2_000_000)}
+    data = as_bytes(checkpoint)
+    uri = place.put("a.ckpt", data)
+    place.server.fault = refusing(how, len(data), data)
+    place.server.log.clear()
+    assert_same(load(uri, lambda c: c["w"]), checkpoint["w"])
+    assert len(place.server.log) == 4  # the first block, twice the last one, and the record
+    whole = len(data) if how == "everything" else 0  # of which the reader takes nothing
+    assert place.server.bytes_sent - whole < 1_200_000
+    assert anemoi_ckpt.peek(uri).bytes == len(data)
+
+
+@pytest.mark.parametrize("place", ["http", "s3"], indirect=True)
+def test_an_empty_object_is_one_however_its_end_is_refused(place) -> None:
+    uri = place.put("a.ckpt", b"")
+    place.server.fault = refusing(416, 0, b"")
+    with pytest.raises(CheckpointError, match="empty"):
+        load(uri)
+
+
 @pytest.mark.parametrize(
     "arn",
     [
@@ -236,6 +277,24 @@ def test_an_access_point_is_a_bucket(arn: str) -> None:
     uri = parse_uri(f"s3://{arn}/run/last.ckpt?versionId=7")
     assert isinstance(uri, S3URI)
     assert (uri.bucket, uri.key, uri.version_id) == (arn, "run/last.ckpt", "7")
+
+
+def test_what_every_request_to_s3_says(s3: servers.Store, tmp_path: Path) -> None:
+    s3.write("paid/a.ckpt", as_bytes({"w": torch.ones(2)}))
+    pays = {"RequestPayer": "requester"}
+    names = ("get_object", "head_object", "list_objects_v2", "delete_object")
+    params = {"client_kwargs": {f"S3.Client.{name}": pays for name in names}}
+    uri = s3.uri("paid/a.ckpt")
+    s3.server.log.clear()
+    load(uri, transport_params=params)
+    anemoi_ckpt.download(uri, tmp_path / "a.ckpt", transport_params=params)
+    with open_stream(uri, params) as stream:
+        stream.read()
+    anemoi_ckpt.list_objects(s3.uri("paid"), transport_params=params)
+    anemoi_ckpt.remove_object(parse_uri(uri), params)
+    said = [request.headers["x-amz-request-payer"] for request in s3.server.log]
+    assert len(said) >= 6
+    assert set(said) == {"requester"}
 
 
 def test_keys_in_an_s3_uri() -> None:

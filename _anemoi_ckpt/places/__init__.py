@@ -378,6 +378,15 @@ class UnrangedError(Exception):
     """The place cannot give a part of an object: take it whole."""
 
 
+class NoSuffixError(UnrangedError):
+    """The place cannot give the end of an object of a size that is not known: ask by offset."""
+
+
+# How servers answer that ask for no range from the end, though they give others: with an error of
+# the client's or the server's, or as if the range were 0-N.
+SUFFIX_REFUSED = frozenset({400, 405, 416, 501})
+
+
 @functools.singledispatch
 def read_range(
     uri: URI,
@@ -400,6 +409,7 @@ def read_range(
     Raises:
         CheckpointError: as `open_stream`; ChangedError if the object is not the pinned one.
         UnrangedError: the place cannot give a part of an object.
+        NoSuffixError: the place cannot give a part from the end.
     """
     from _anemoi_ckpt.places.explained import explained  # noqa: PLC0415 - it stands on this module
 

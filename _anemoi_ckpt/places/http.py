@@ -14,9 +14,11 @@ from attrs import frozen
 
 from _anemoi_ckpt.errors import InvalidURIError
 from _anemoi_ckpt.places import (
+    SUFFIX_REFUSED,
     TIMEOUT_SECONDS,
     URI,
     Buffers,
+    NoSuffixError,
     Params,
     UnrangedError,
     Version,
@@ -170,13 +172,17 @@ def read_http_range(
     if tag.startswith('"') and uri.conditional:  # a weak one begins with W/
         headers["If-Match"] = tag
     with explained(uri, pin), request("GET", uri, transport_params, headers) as response:
+        if offset < 0 and response.status_code in SUFFIX_REFUSED:
+            raise NoSuffixError
         response.raise_for_status()
-        extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        extent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         partial = response.status_code == 206 and extent  # noqa: PLR2004 - Partial Content
         if not partial or response.headers.get("Content-Encoding"):
-            raise UnrangedError
+            raise NoSuffixError if offset < 0 else UnrangedError
+        if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
+            raise NoSuffixError
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        version = Version(int(partial[2]), tag, _digests(response))
+        version = Version(int(partial[3]), tag, _digests(response))
         pinned(uri, version, pin)
         if offset >= 0 and int(partial[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Mapping
 from contextlib import closing
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
@@ -14,9 +15,11 @@ from attrs import frozen
 from _anemoi_ckpt.errors import USERINFO, InvalidURIError
 from _anemoi_ckpt.places import (
     CONNECTIONS,
+    SUFFIX_REFUSED,
     URI,
     Buffers,
     Entry,
+    NoSuffixError,
     Page,
     Params,
     UnrangedError,
@@ -56,9 +59,9 @@ class S3URI(URI):
 
     path_field: ClassVar[str] = "key"
     extra: ClassVar[str | None] = "s3"
-    params: ClassVar[tuple[str, ...] | None] = ("client",)
+    params: ClassVar[tuple[str, ...] | None] = ("client", "client_kwargs")
     writer_params: ClassVar[tuple[str, ...]] = (  # smart_open.s3's
-        *("client_kwargs", "min_part_size", "multipart_upload", "writebuffer"),
+        *("min_part_size", "multipart_upload", "writebuffer"),
     )
     credentials: ClassVar[str] = (
         "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL "
@@ -117,6 +120,15 @@ def client_of(uri: S3URI, params: Params) -> Any:
     )
 
 
+def _asked(params: Params, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the caller has every such request say, as smart-open's `client_kwargs` have it.
+
+    ``{"S3.Client.get_object": {"RequestPayer": "requester"}}``
+    """
+    extra = (params or {}).get("client_kwargs") or {}
+    return {**extra.get(f"S3.Client.{method}", {}), **options}
+
+
 @functools.lru_cache(maxsize=8)
 def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: int) -> Any:
     import botocore  # noqa: PLC0415 - comes with boto3
@@ -166,7 +178,8 @@ def open_s3(uri: S3URI, transport_params: Params = None) -> BinaryIO:
     version = {"VersionId": uri.version_id} if uri.version_id else {}
     with explained(uri):
         client = client_of(uri, transport_params)
-        body = client.get_object(Bucket=uri.bucket, Key=uri.key, **version)["Body"]
+        options = {"Bucket": uri.bucket, "Key": uri.key, **version}
+        body = client.get_object(**_asked(transport_params, "get_object", options))["Body"]
         register_body(getattr(body, "_raw_stream", None))
         return body  # type: ignore[no-any-return] # boto3 has no annotations
 
@@ -189,11 +202,21 @@ def read_s3_range(
     if uri.version_id:
         options["VersionId"] = uri.version_id
     with explained(uri, pin):
-        response = client_of(uri, transport_params).get_object(**options)
+        client = client_of(uri, transport_params)
+        try:
+            response = client.get_object(**_asked(transport_params, "get_object", options))
+        except client.exceptions.ClientError as err:
+            status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if offset < 0 and status in SUFFIX_REFUSED:  # by some stores that speak S3
+                raise NoSuffixError from err
+            raise
         with closing(response["Body"]) as body:
-            if "ContentRange" not in response:  # some stores that speak S3 ignore Range
-                raise UnrangedError
-            size = int(response["ContentRange"].rpartition("/")[2])
+            extent = re.fullmatch(r"bytes \d+-(\d+)/(\d+)", response.get("ContentRange", ""))
+            if extent is None:  # some ignore Range
+                raise NoSuffixError if offset < 0 else UnrangedError
+            size = int(extent[2])
+            if offset < 0 and int(extent[1]) != size - 1:
+                raise NoSuffixError
             version = pinned(uri, Version(size, response.get("ETag")), pin)
             read_socket(getattr(body, "_raw_stream", body), buffers)
     return version
@@ -209,7 +232,9 @@ def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
     if uri.version_id:
         options["VersionId"] = uri.version_id
     with explained(uri):
-        response = client_of(uri, transport_params).head_object(**options)
+        response = client_of(uri, transport_params).head_object(
+            **_asked(transport_params, "head_object", options)
+        )
     names = ("sha256", "sha1", "crc32", "crc32c")
     digests = decoded({name: response.get(f"Checksum{name.upper()}") for name in names})
     tag = response.get("ETag")
@@ -235,7 +260,9 @@ def list_s3_page(
     options |= {} if recursive else {"Delimiter": "/"}
     options |= {"ContinuationToken": token} if token else {}
     with explained(uri):
-        answer = client_of(uri, transport_params).list_objects_v2(**options)
+        answer = client_of(uri, transport_params).list_objects_v2(
+            **_asked(transport_params, "list_objects_v2", options)
+        )
     entries = [Entry.beneath(uri, each["Prefix"]) for each in answer.get("CommonPrefixes", ())]
     entries += [
         Entry.beneath(uri, each["Key"], each["Size"], each["LastModified"])
@@ -268,4 +295,6 @@ def remove_s3(uri: S3URI, transport_params: Params = None) -> None:
     options = {"Bucket": uri.bucket, "Key": uri.key}
     options |= {"VersionId": uri.version_id} if uri.version_id else {}
     with explained(uri):
-        client_of(uri, transport_params).delete_object(**options)
+        client_of(uri, transport_params).delete_object(
+            **_asked(transport_params, "delete_object", options)
+        )
