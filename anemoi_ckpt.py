@@ -32,7 +32,13 @@ from _anemoi_ckpt import metadata as _metadata
 from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
 from _anemoi_ckpt.calls import public
 from _anemoi_ckpt.contents import Contents, look_into
-from _anemoi_ckpt.downloading import Transfer, download_shared, download_to, local_uri
+from _anemoi_ckpt.downloading import (
+    Transfer,
+    download_shared,
+    download_to,
+    local_uri,
+    pinned_version,
+)
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     ChangedError,
@@ -449,13 +455,16 @@ def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
 
     def own(to: str | os.PathLike[str], name: str) -> Path:
         target = Path(to).expanduser()
-        return target / name if target.is_dir() or os.fspath(to).endswith(os.sep) else target
+        return target / name if is_folder(to) else target
+
+    def is_folder(to: str | os.PathLike[str]) -> bool:
+        return Path(to).expanduser().is_dir() or os.fspath(to).endswith(os.sep)
 
     def bring() -> tuple[Path, URI]:
         located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
             return download_to_cache(located), located.place
-        target = own(to, located.place.filename)
+        target = own(to, _name_of(located) if is_folder(to) else "")
         if os.fspath(to).endswith(os.sep):
             with explained_writing(local_uri(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -471,6 +480,15 @@ def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
         transfer.transport, transfer.place, f"to={'a file' if to else 'the cache'}"
     ) as ranks:
         return download_shared(bring, others, ranks, note if to is None else _prepare_nothing)
+
+
+def _name_of(transfer: Transfer) -> str:
+    """Name a copy as the place does: a server is asked where the URL ends with no file's name."""
+    name = transfer.place.filename
+    if isinstance(transfer.place, HTTPURI) and not Path(name).suffix:
+        version = pinned_version(transfer)
+        return (version and version.name) or name
+    return name
 
 
 def _prepare_nothing(_target: Path, _place: str) -> None:

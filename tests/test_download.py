@@ -673,3 +673,35 @@ def test_what_broke_off_is_listed_as_not_whole(http_server, capsys) -> None:
     main(["cache", "--clear"])
     assert "a.ckpt  (not whole)" in capsys.readouterr().out
     assert list(_anemoi_ckpt.cache.cache_folder().iterdir()) == []
+
+
+# ── what a server calls it ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ('attachment; filename="pangu.ckpt"', "pangu.ckpt"),
+        ("attachment; filename*=UTF-8''%C3%A9.ckpt", "é.ckpt"),
+        ('attachment; filename="../../etc/pangu.ckpt"', "pangu.ckpt"),
+        ('attachment; filename=".."', "content"),
+        ("inline", "content"),
+        (None, "content"),
+    ],
+)
+def test_a_server_names_what_its_url_does_not(
+    said: str | None, name: str, http_server, tmp_path: Path
+) -> None:
+    url = http_server.put("records/1/content", DATA)
+    headers = {"Content-Disposition": said} if said else {}
+    http_server.fault = lambda request: servers.Fault(headers=headers)
+    assert download(url, tmp_path) == tmp_path / name
+    assert (tmp_path / name).read_bytes() == DATA
+    named = http_server.put("b.ckpt", DATA)
+    assert download(named, tmp_path) == tmp_path / "b.ckpt"  # a URL that names it wins
+
+
+def test_a_server_without_ranges_names_nothing(http_server, tmp_path: Path) -> None:
+    url = http_server.put("records/1/content", DATA)
+    http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    assert download(url, tmp_path) == tmp_path / "content"

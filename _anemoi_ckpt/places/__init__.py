@@ -314,6 +314,7 @@ class Version:
     size: int
     tag: str | None = None
     digests: Mapping[str, bytes] = field(factory=dict, eq=False, repr=False)  # as far as it tells
+    name: str | None = field(default=None, eq=False)  # what a copy is to be called, if it tells
 
 
 class Buffers:

@@ -7,6 +7,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping
+from email.message import Message
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
 
@@ -182,12 +183,20 @@ def read_http_range(
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        version = Version(int(partial[3]), tag, _digests(response))
+        version = Version(int(partial[3]), tag, _digests(response), _name(response))
         pinned(uri, version, pin)
         if offset >= 0 and int(partial[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for
         read_socket(response.raw, buffers)
     return version
+
+
+def _name(response: Any) -> str | None:
+    """Read what the server calls the file (RFC 6266), without the folders that it may name."""
+    message = Message()
+    message["Content-Disposition"] = response.headers.get("Content-Disposition", "")
+    name = (message.get_filename() or "").replace("\\", "/").rpartition("/")[2]
+    return name if name.strip(". ") else None
 
 
 def _digests(response: Any) -> dict[str, bytes]:
