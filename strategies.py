@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import torch
 
-from _anemoi_ckpt.alignment import anemoi_layout
 from _anemoi_ckpt.anatomy import (
     AVERAGING,
     COUNTS,
@@ -58,6 +57,7 @@ from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_o
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.freezing import set_requires_grad
 from _anemoi_ckpt.globs import choose
+from _anemoi_ckpt.layouts import anemoi_layout
 from _anemoi_ckpt.ordering import align_where_known, aligner, refuse_misplaced
 from _anemoi_ckpt.processors import read_processors, refresh
 from _anemoi_ckpt.renaming import rename_entries

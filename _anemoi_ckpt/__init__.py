@@ -25,6 +25,7 @@ standard library alone, since `strategies` stands on it.
 - ``aliases``: where `import anemoi_ckpt.strategies` finds the module.
 - Ground floor: ``ordering`` (strategies that align variables, or refuse another order), ``steps``
   (what a strategy tells of itself), ``aligning`` and ``alignment`` (weights follow their
+  variables), ``misplaced`` (weights that would not), ``layouts`` (what Anemoi's models have over
   variables), ``combining`` (means and unions of state dicts), ``processors`` (the statistics in
   Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what strategies
   share), ``tensors`` (new values in a state dict), ``globs`` (how names are chosen), ``anatomy``

@@ -32,6 +32,7 @@ from _anemoi_ckpt.anatomy import (
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.globs import choose
+from _anemoi_ckpt.layouts import suspect_axis
 from _anemoi_ckpt.tensors import change_tensors, is_strided, snapshot, tensor_names, view_key
 from _anemoi_ckpt.variables import Variables, few, read_checkpoint
 
@@ -53,12 +54,13 @@ def find_alignment(
         model_tensors: the model's tensors, by name.
 
     Raises:
-        ValueError: the checkpoint has no variables, the layout chooses nothing, or a tensor's size
-            does not agree with the layout.
+        ValueError: the checkpoint has no variables, the layout chooses nothing, a tensor's size
+            does not agree with the layout, or that of an unknown tensor does with some variables.
     """
     pairs = changed_variables(read_checkpoint(checkpoint), source, target, layouts)
     state_dict = weights_of(checkpoint)
     tensors = _tensors_to_align(pairs, layouts, state_dict, model_tensors)
+    _check_unknown(pairs, layouts, state_dict, model_tensors)
     present = {dataset for dataset, _ in tensors.values()}
     if pairs and not present:
         raise MismatchError(
@@ -150,6 +152,39 @@ def _tensors_to_align(
             "exclude leaves these tensors out",
         )
     return tensors
+
+
+def _check_unknown(
+    pairs: Mapping[str, tuple[Variables, Variables]],
+    layouts: Mapping[str, Layout],
+    state_dict: Mapping[str, Any],
+    model_tensors: Mapping[str, Any],
+) -> None:
+    """Refuse tensors that the layout does not know, and whose size is that of some variables."""
+    names = set(tensor_names(state_dict)) & model_tensors.keys()
+    problems = {
+        name: problem
+        for dataset, (old, new) in pairs.items()
+        for name in sorted(names & layouts[dataset].unknown)
+        if (
+            problem := suspect_axis(
+                state_dict[name].shape,
+                model_tensors[name].shape,
+                old,
+                new,
+                layouts[dataset].entries,
+            )
+        )
+    }
+    if problems:
+        described = [f"{name} ({problem})" for name, problem in problems.items()]
+        raise MismatchError(
+            UNPLACED,
+            f"the layout of anemoi-models does not know what these tensors run over:"
+            f" {few(described)}",
+            "exclude leaves them out; or add them to anemoi_layout(model), by dataset, and pass"
+            " that as layout: {name: {axis: [parts]}}, with a number for an axis without variables",
+        )
 
 
 def _check_absent(glob: str, names: Sequence[str], model_tensors: Mapping[str, Any]) -> None:

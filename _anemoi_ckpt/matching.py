@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from attrs import evolve, frozen
 
-from _anemoi_ckpt.alignment import Alignment, misplaced
+from _anemoi_ckpt.alignment import Alignment
 from _anemoi_ckpt.anatomy import (
     OPTIMIZER,
     SCHEDULER,
@@ -30,6 +30,7 @@ from _anemoi_ckpt.anatomy import (
 )
 from _anemoi_ckpt.comparing import prefix_advice
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
 from _anemoi_ckpt.tensors import view_key
@@ -321,7 +322,8 @@ def _check_variables(
             place,
             problem,
             "put align_variables(model=model) before all else, with a layout if the model is not"
-            " Anemoi's; where all is in order, give load_into a state dict, load(place, weights)",
+            " Anemoi's, and new={'its name': 'the old one'} for a variable that was only renamed;"
+            " where all is in order, give load_into a state dict, load(place, weights)",
         )
 
 
