@@ -26,7 +26,8 @@ standard library alone, since `strategies` stands on it.
 - Ground floor: ``ordering`` (strategies that align variables, or refuse another order), ``steps``
   (what a strategy tells of itself), ``aligning`` and ``alignment`` (weights follow their
   variables), ``misplaced`` (weights that would not), ``layouts`` (what Anemoi's models have over
-  variables), ``combining`` (means and unions of state dicts), ``processors`` (the statistics in
+  variables), ``edges`` (values of edges follow
+  these), ``combining`` (means and unions of state dicts), ``processors`` (the statistics in
   Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what strategies
   share), ``tensors`` (new values in a state dict), ``globs`` (how names are chosen), ``anatomy``
   (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what

@@ -29,6 +29,7 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
+from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
 from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
@@ -79,6 +80,7 @@ class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
     original: Original
     on_meta: tuple[str, ...] = ()  # what is left there: buffers that no checkpoint has
     lossy: Mapping[str, Dtypes] = {}  # casts that lose more than they round
+    moved_edges: tuple[str, ...] = ()  # values of edges that were put into the model's order
 
 
 @frozen
@@ -161,25 +163,29 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
     more = checkpoint if path else {}  # what is no bare state dict, and no pickled module
     model_tensors = tensors_of(model)
     prefixes = loading_prefixes(model)
-    fitting = _fitting(place, state_dict, model_tensors, prefixes)
+    ordered, moved = in_edge_order(place, model, state_dict, original.shapes)
+    fitting = _fitting(place, ordered, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
     excused = prefixes | _prefixes(model, has_post_hooks)  # which may fill what is missing
     sure = [n for n in model_tensors if n not in fitting and not is_below(excused, n)]
+    states = {
+        kind: _states(place, more, kind, len(several))
+        for kind, several in receivers.items()
+        if several
+    }
+    check_optimizer(place, moved, states.get("optimizer"))
     match = Match(
         fitting=fitting,
         missing=(),
         unexpected=tuple(name for name in unexpected if name not in fitting),
         mismatched={},
         renamed=renamed,
-        states={
-            kind: _states(place, more, kind, len(several))
-            for kind, several in receivers.items()
-            if several
-        },
+        states=states,
         rest=beside_weights(without(more, _PARTS.values()), path or ()),
         original=original,
+        moved_edges=moved,
     )
     match = with_keys(match, model, sure, ())
     # BatchNorm fills its counter by itself, where an old checkpoint has none
