@@ -123,9 +123,10 @@ def _providers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 def _sorting(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Find the permutations of edges, by the prefix of the module that sorts them."""
     return {
-        prefix: module.perm
+        prefix: perm
         for prefix, module in _providers(model)
-        if isinstance(getattr(module, "perm", None), torch.Tensor) and hasattr(module, _MARK)
+        if isinstance(perm := getattr(module, "perm", None), torch.Tensor)
+        and hasattr(module, _MARK)
     }
 
 

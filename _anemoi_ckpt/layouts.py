@@ -118,12 +118,12 @@ def _inputs(core: Any, dataset: str) -> list[Part]:
         )
     conditioned = bool(getattr(core, "condition_on_residual", False))
     parts: dict[str, list[Part]] = {
-        "inputs": core.n_step_input * ["input"],
-        "outputs": core.n_step_output * ["output"],
+        "inputs": [*core.n_step_input * ["input"]],
+        "outputs": [*core.n_step_output * ["output"]],
         "attributes": [core.node_attributes.attr_ndims[dataset]],
         "step": [1],
-        "residual": conditioned * ["prognostic"],
-        "residuals": conditioned * core.n_step_output * ["prognostic"],
+        "residual": [*conditioned * ["prognostic"]],
+        "residuals": [*conditioned * core.n_step_output * ["prognostic"]],
     }
     return [part for name in _INPUTS[assembling.__name__] for part in parts[name]]
 
