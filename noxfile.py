@@ -75,7 +75,7 @@ def anemoi(session: nox.Session) -> None:
     if replaced := normal(wanted) & normal(installed):
         session.error(f"to install anemoi-ckpt would replace {', '.join(sorted(replaced))}")
     session.install("-c", str(versions), "-e", ".[test]")
-    # these tests build models of 0.13, as in constraints.txt; tests/test_anemoi_019.py those of 0.19
+    # these tests build models of 0.13, as in constraints.txt; test_anemoi_019.py those of 0.19
     session.env["ANEMOI_CKPT_TESTS_WITHOUT"] = "anemoi"
     run_tests(session)
 

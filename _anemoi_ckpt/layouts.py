@@ -51,7 +51,7 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"anemoi_layout takes a module, not {type(model).__name__}")
-    prefix, core = _core(model)
+    prefix, core = find_core(model)
     tensors = model.state_dict(keep_vars=True)
     layout: dict[str, dict[str, Any]] = {}
     for dataset, variables in read_model(core).items():
@@ -73,8 +73,12 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     return layout
 
 
-def _core(model: torch.nn.Module) -> tuple[str, Any]:
-    """Find the encoder-processor-decoder in a model, and the prefix of its tensors."""
+def find_core(model: torch.nn.Module) -> tuple[str, Any]:
+    """Find the encoder-processor-decoder in a model, and the prefix of its tensors.
+
+    Raises:
+        ValueError: there is none.
+    """
     for path, module in model.named_modules():
         if all(hasattr(module, name) for name in _CORE):
             return f"{path}." if path else "", module
@@ -222,17 +226,23 @@ def _layout_of_residual(
     residual = dict(getattr(core, "residual", {})).get(dataset)
     if not hasattr(residual, "_regressors_input_idx"):
         return {}
-    index = core.data_indices[dataset].model.input.name_to_index
-    names = {int(position): name for name, position in index.items()}
-
-    def named(positions: str) -> list[str]:
-        return [names[int(position)] for position in getattr(residual, positions, ())]
-
-    rows = {0: [2, named("_regressors_input_idx")], 1: ["prognostic"]}
-    truncated = {0: [named("_truncation_input_idx")]}
+    rows = {0: [2, regressors_of(core, dataset, residual)], 1: ["prognostic"]}
+    truncated = {0: [_inputs_at(core, dataset, getattr(residual, "_truncation_input_idx", ()))]}
     entries = {"weight": rows, "muzero": rows, "filter": truncated, "walias": truncated}
     front = f"{prefix}residual.{dataset}."
     return {front + name: entry for name, entry in entries.items() if front + name in tensors}
+
+
+def regressors_of(core: Any, dataset: str, residual: Any) -> list[str]:
+    """Give the variables that a residual has a row of weights for; none if it has no such rows."""
+    return _inputs_at(core, dataset, getattr(residual, "_regressors_input_idx", ()))
+
+
+def _inputs_at(core: Any, dataset: str, positions: Iterable[Any]) -> list[str]:
+    """Give the names of the input variables at some positions."""
+    index = core.data_indices[dataset].model.input.name_to_index if positions else {}
+    names = {int(position): name for name, position in index.items()}
+    return [names[int(position)] for position in positions]
 
 
 def _layout_of_boundings(prefix: str, core: Any, dataset: str) -> dict[str, Any]:
@@ -288,7 +298,7 @@ def unknown_tensors(
         The names of tensors that neither the layout nor this module knows, for each dataset whose
         name is in theirs, or which has none.
     """
-    prefix, core = _core(model)
+    prefix, core = find_core(model)
     free = {f"{prefix}{name}." for name in _FREE_CHILDREN}
     free |= {
         f"{prefix}{path}."

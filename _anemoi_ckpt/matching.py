@@ -10,7 +10,7 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
+from _anemoi_ckpt.configurations import configured_otherwise, read_config
 from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
 from _anemoi_ckpt.misplaced import misplaced
@@ -56,6 +57,7 @@ class Original:
     shapes: Mapping[str, Shape | None]
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
+    config: Any  # of the model that they are from, as far as it is known
     alignment: Alignment  # with other variables, so far
 
 
@@ -108,7 +110,9 @@ def _begin(checkpoint: Any) -> Tracked:
     names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     variables = read_checkpoint(checkpoint)
-    return Tracked(checkpoint, Original(shapes, names, variables, Alignment({}, {})))
+    return Tracked(
+        checkpoint, Original(shapes, names, variables, read_config(checkpoint), Alignment({}, {}))
+    )
 
 
 def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
@@ -166,6 +170,7 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
     ordered, moved = in_edge_order(place, model, state_dict, original.shapes)
     fitting = _fitting(place, ordered, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
+    _check_config(place, model, fitting, original)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
     excused = prefixes | _prefixes(model, has_post_hooks)  # which may fill what is missing
@@ -330,6 +335,16 @@ def _check_variables(
             "put align_variables(model=model) before all else, with a layout if the model is not"
             " Anemoi's, and new={'its name': 'the old one'} for a variable that was only renamed;"
             " where all is in order, give load_into a state dict, load(place, weights)",
+        )
+
+
+def _check_config(
+    place: str, model: torch.nn.Module, fitting: Collection[str], original: Original
+) -> None:
+    problem = configured_otherwise(model, fitting, original.config, original.variables)
+    if problem:
+        raise MismatchError(
+            place, problem, "configure the model as the checkpoint's, or exclude these tensors"
         )
 
 

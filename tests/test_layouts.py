@@ -278,3 +278,110 @@ def test_an_unknown_tensor_of_another_dataset_is_its_own_matter() -> None:
     report = load_into(new, stored(model(INDEX)), align_variables(model=new))
     assert "scale.more" in report.loaded
     assert "encoder.1.emb_nodes_src.weight" not in report.aligned
+
+
+# ── what a configuration tells, and no shape ──────────────────────────────────────────────────
+
+
+def configured(model: Any, **settings: Any) -> dict[str, Any]:
+    made = stored(model)
+    made["hyper_parameters"]["config"] = {"model": settings}
+    return made
+
+
+FEATURES = ["prognostics", "coordinates", "trainable_parameters"]
+
+
+def test_other_features_of_equal_size_are_refused() -> None:
+    model = core(features=FEATURES, targets=10)
+    decoders = {"0": {"target_node_features": FEATURES}}
+    assert load_into(model, configured(model, decoders=decoders), strict=True)
+    name = "decoder.0.emb_nodes_dst.weight"
+    other = {"0": {"target_node_features": ["coordinates", "trainable_parameters", "prognostics"]}}
+    for chain in ((), (align_variables(model=model),), (transfer_learning(model),)):
+        told = r"target_node_features = coordinates, .*, and the model with prognostics, coord"
+        with pytest.raises(MismatchError, match=rf"{told}.*{re.escape(name)}.*or exclude these"):
+            load_into(model, configured(model, decoders=other), *chain)
+    load_into(model, configured(model, decoders=other), exclude("decoder.0.emb_nodes_dst"))
+    for unknown in ({}, {"0": {"target_node_features": "${features}"}}, {"0": 3}):
+        assert load_into(model, configured(model, decoders=unknown), strict=True)
+    interpolated = {"0": {"target_node_features": ["${feature}"]}}
+    assert load_into(model, configured(model, decoders=interpolated), strict=True)
+    assert load_into(model, stored(model), strict=True)
+
+
+def test_other_regressors_and_bounded_variables_are_refused() -> None:
+    model = core(regressors=["t"])
+    bounding = nn.Module()
+    bounding.variables = ["z"]
+    bounding.register_buffer("norm_min_val", torch.zeros(1))
+    model.boundings["data"].append(bounding)
+
+    def settings(regressor: str, *bounded: str) -> dict[str, Any]:
+        return {
+            "residual": {"datasets": {"data": {"regressors": [regressor]}}},
+            "bounding": {"datasets": {"data": [{"variables": list(bounded)}]}},
+        }
+
+    # a variable that the checkpoint does not have is not bounded there, either
+    assert load_into(model, configured(model, **settings("t", "z", "hcc")), strict=True)
+    with pytest.raises(MismatchError, match=r"residual\.datasets\.data\.regressors = q, and the"):
+        load_into(model, configured(model, **settings("q", "z")))
+    with pytest.raises(
+        MismatchError, match=r"data\.0\.variables = q, and the model with z, which 1"
+    ):
+        load_into(model, configured(model, **settings("t", "q")))
+    none = {"bounding": {"datasets": {"data": []}}}
+    assert load_into(model, configured(model, **none), strict=True)
+
+
+# ── one encoder for several datasets ──────────────────────────────────────────────────────────
+
+
+def several(
+    first: dict[str, int], second: dict[str, int], keys: tuple[str, str] = ("0", "0")
+) -> Any:
+    """A model of two datasets, whose data go through the encoders with these keys."""
+    made = core(first)
+    made.data_indices = {"data": indices(first), "more": indices(second)}
+    made.node_attributes.attr_ndims = {"data": A, "more": A}
+    made.dataset2encoder = made.dataset2decoder = dict(zip(("data", "more"), keys, strict=True))
+    routes: dict[str, list[str]] = {}
+    for dataset, key in made.dataset2encoder.items():
+        routes.setdefault(key, []).append(dataset)
+    made.encoder2datasets = made.decoder2datasets = routes
+    made.boundings["more"] = nn.ModuleList()
+    if len(routes) > 1:
+        other = core(second)
+        made.encoder["1"], made.decoder["1"] = other.encoder["0"], other.decoder["0"]
+    return made
+
+
+def test_a_shared_encoder_is_aligned_if_its_datasets_agree() -> None:
+    old, new = several(INDEX, INDEX), several(MOVED, MOVED)
+    load_into(new, stored(old), align_variables(model=new))
+    name = "encoder.0.emb_nodes_src.weight"
+    assert torch.equal(new.state_dict()[name][:, 0], old.state_dict()[name][:, 1])
+    for other in (several(MOVED, INDEX), several(INDEX, MOVED)):
+        told = rf"{re.escape(name)} is shared by the datasets data, more, whose variables change"
+        with pytest.raises(MismatchError, match=told):
+            load_into(other, stored(old), align_variables(model=other))
+        with pytest.raises(MismatchError, match=r"run over them: .*emb_nodes_src"):
+            load_into(other, stored(old))
+
+
+def test_datasets_through_other_encoders_are_refused() -> None:
+    old, new = several(INDEX, INDEX, ("0", "1")), several(INDEX, INDEX, ("1", "0"))
+
+    def mappers(**keys: str) -> dict[str, Any]:
+        encoders = {key: {"source_datasets": [name]} for name, key in keys.items()}
+        decoders = {key: {"target_datasets": [name]} for name, key in keys.items()}
+        return {"encoders": encoders, "decoders": decoders}
+
+    checkpoint = configured(old, **mappers(data="0", more="1"))
+    assert load_into(several(INDEX, INDEX, ("0", "1")), checkpoint, strict=True)
+    told = r"encoders\.1\.source_datasets = more, and the model with data, which 2 tensors"
+    with pytest.raises(MismatchError, match=told):
+        load_into(new, checkpoint)
+    with pytest.raises(MismatchError, match=r"decoders\.1\.target_datasets"):
+        load_into(new, checkpoint, exclude("encoder"))
