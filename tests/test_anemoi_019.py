@@ -5,6 +5,7 @@ anemoi-models 0.19 wants an older torch than the other tests run with, so it is 
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import needs
 from anemoi_ckpt import MismatchError, load_into
-from strategies import align_variables, anemoi_layout, filter_shapes
+from strategies import align_variables, anemoi_layout, filter_shapes, transfer_learning
 from weather import Variables
 from weather_019 import CONFIGURATIONS, interface_019
 
@@ -32,6 +33,7 @@ B = Variables(
     ("tp", "cp"),
 )
 NEW = ["q_700", "u_10", "hcc", "sst", "ssrd"]
+EDGES = ".trainable.trainable"  # of nodes it is trainable_tensors.data.trainable
 BOUNDED = {"normalizer": ["mean-std"], "min_val": [0.0], "variables": ["tp"]}
 BOUNDING = [{"_target_": "anemoi.models.layers.bounding.NormalizedReluBounding", **BOUNDED}]
 
@@ -226,3 +228,52 @@ def test_knowledge_is_preserved(configuration: str, several: bool, data: Any) ->
     load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
     assert difference(old, new, before, after) < LARGEST
     statistics_follow(new, own, checkpoint["state_dict"], before, after)
+
+
+# ── what no shape tells ───────────────────────────────────────────────────────────────────────
+
+
+def test_other_features_of_equal_size_are_refused() -> None:
+    _, checkpoint = trained("features of equal size")
+    model = task({"data": A}, "features of equal size")
+    assert load_into(model, checkpoint, strict=True)
+    swapped = ["prognostics", "trainable_parameters", "coordinates", "forcings"]
+    for features in (swapped, ["encoded_data"]):
+        other = task({"data": A}, "features of equal size", features=features)
+        for chain in ((), (align_variables(model=other),), (transfer_learning(other),)):
+            with pytest.raises(
+                MismatchError, match=r"target_node_features = forcings, coordinates"
+            ):
+                load_into(other, checkpoint, *chain)
+
+
+def test_encoders_under_other_keys_are_refused() -> None:
+    """Both datasets have as many variables; only the configuration tells which encoder is whose."""
+    datasets = {"data": A, "more": Variables(A.names[::-1], A.forcing)}
+    old, new = task(datasets, "GNN"), task(datasets, "GNN", keys="10")
+    with pytest.raises(MismatchError, match=r"encoders\.1\.source_datasets = more, and the model"):
+        load_into(new, checkpoint_of(old))
+    assert load_into(task(datasets, "GNN"), checkpoint_of(old), strict=True)
+
+
+@pytest.mark.parametrize("configuration", ["GNN", "GraphTransformer", "GNN hierarchical"])
+def test_edges_of_before_016_go_where_the_migration_puts_them(configuration: str) -> None:
+    script = "anemoi.models.migrations.scripts.1779202136_trainable_edge_perm_fix"
+    migrate = importlib.import_module(script).migrate
+    _, checkpoint = trained(configuration)
+    draw = torch.Generator().manual_seed(4)
+    legacy = {
+        name: torch.randn(tensor.shape, generator=draw) if name.endswith(EDGES) else tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if not name.endswith("trainable_layout_version")
+    }
+    new = task({"data": A}, configuration)
+    expected = migrate({"state_dict": dict(legacy)}, new)["state_dict"]
+    report = load_into(new, {**checkpoint, "state_dict": legacy}, strict=True)
+    moved = [name for name in legacy if name.endswith(EDGES)]
+    assert set(report.aligned) == set(moved)
+    assert len(moved) >= 3
+    assert any(not torch.equal(expected[name], legacy[name]) for name in moved)
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert load_into(new, checkpoint, strict=True).aligned == ()  # today's own
