@@ -230,6 +230,18 @@ def test_knowledge_is_preserved(configuration: str, several: bool, data: Any) ->
     statistics_follow(new, own, checkpoint["state_dict"], before, after)
 
 
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_unaligned_it_is_lost(configuration: str) -> None:
+    """The law can be broken, and is, where nobody knows the variables: a state dict tells none."""
+    old, checkpoint = trained(configuration)
+    after = Variables(A.names[::-1], A.forcing)
+    new = task({"data": after}, configuration)
+    load_into(new, checkpoint["state_dict"])
+    assert difference(old, new, {"data": A}, {"data": after}) > 1e-3
+    with pytest.raises(MismatchError, match=r"align_variables\(model=model\)"):
+        load_into(new, checkpoint)
+
+
 # ── what no shape tells ───────────────────────────────────────────────────────────────────────
 
 
