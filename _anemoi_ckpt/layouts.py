@@ -277,7 +277,10 @@ def _layout_of_processors(tensors: Mapping[str, Any], dataset: str, count: int) 
 # ── what the layout does not know ─────────────────────────────────────────────────────────────
 
 # modules of anemoi.models.layers with no tensors over variables but those laid out above
-_LAYERS = ("mapper", "processor", "graph", "graph_provider", "aggregator", "ensemble", "diffusion")
+_LAYERS = (
+    *("mapper", "processor", "graph", "graph_provider", "aggregator", "ensemble", "diffusion"),
+    *("sparse_projector", "spectral_transforms", "spectral_helpers"),
+)
 _FREE = frozenset(f"anemoi.models.layers.{layer}" for layer in _LAYERS)
 _FREE_CHILDREN = ("noise_cond_mlp", "noise_embedder")  # of transport models
 # the layers of an embedding or extractor that the mappers build, beside which may be others
