@@ -115,10 +115,12 @@ _INPUTS = {
 def _inputs(core: Any, dataset: str) -> list[Part]:
     """Give the parts of the channels that the encoder reads."""
     assembling = _class_of(core, "_assemble_input")
-    if assembling.__name__ not in _INPUTS or not assembling.__module__.startswith("anemoi."):
+    kinds = [assembling, _class_of(core, "_assemble_targets")]  # the latter only from 0.19 on
+    foreign = [k for k in kinds if k is not object and not k.__module__.startswith("anemoi.")]
+    if assembling.__name__ not in _INPUTS or foreign:
         raise ValueError(
-            f"{type(core).__name__} has another order of channels: its _assemble_input is not one"
-            f" of anemoi-models 0.13 to 0.19; {_WRITE_ONE}"
+            f"{type(core).__name__} has another order of channels: its _assemble_input or"
+            f" _assemble_targets is not one of anemoi-models 0.13 to 0.19; {_WRITE_ONE}"
         )
     conditioned = bool(getattr(core, "condition_on_residual", False))
     parts: dict[str, list[Part]] = {

@@ -124,7 +124,11 @@ def test_what_assembles_otherwise_is_refused(module: str) -> None:
     known = module == "their.own"
     name = "AnemoiModelEncProcDec" if known else "AnemoiModelAutoEncoder"
     model.__class__ = of(module, name, type(model), _assemble_input=None)
-    with pytest.raises(ValueError, match=r"its _assemble_input is not one of anemoi-models 0\.13"):
+    told = r"_assemble_input or _assemble_targets is not one of anemoi-models 0\.13"
+    with pytest.raises(ValueError, match=told):
+        anemoi_layout(model)
+    model.__class__ = of("their.own", "Theirs", type(core()), _assemble_targets=None)
+    with pytest.raises(ValueError, match=told):
         anemoi_layout(model)
     model.__class__ = of(module, "Theirs", type(core()))  # a subclass that leaves it as it is
     assert anemoi_layout(model)
