@@ -321,10 +321,6 @@ def unknown_tensors(
     return {dataset: frozenset(_of_dataset(unknown, dataset, layout)) for dataset in layout}
 
 
-def _is_free(module: torch.nn.Module) -> bool:
-    return _class_of(module).__module__ in _FREE
-
-
 def _is_below(prefixes: Iterable[str], name: str) -> bool:
     return any(name.startswith(prefix) for prefix in prefixes)
 
