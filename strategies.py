@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import torch
 
-from _anemoi_ckpt.alignment import anemoi_layout
 from _anemoi_ckpt.anatomy import (
     AVERAGING,
     COUNTS,
@@ -55,9 +54,11 @@ from _anemoi_ckpt.arguments import (
 )
 from _anemoi_ckpt.combining import average_state_dicts, merge_state_dicts
 from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_of
+from _anemoi_ckpt.edges import align_edges_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.freezing import set_requires_grad
 from _anemoi_ckpt.globs import choose
+from _anemoi_ckpt.layouts import anemoi_layout
 from _anemoi_ckpt.ordering import align_where_known, aligner, refuse_misplaced
 from _anemoi_ckpt.processors import read_processors, refresh
 from _anemoi_ckpt.renaming import rename_entries
@@ -91,6 +92,7 @@ from _anemoi_ckpt.variables import (
 
 __all__ = [
     "add_prefix",
+    "align_edges",
     "align_variables",
     "anemoi_layout",
     "average",
@@ -851,6 +853,28 @@ def require_variables(
 
 
 @factory
+def align_edges(model: torch.nn.Module) -> Strategy:
+    """Put trainable values of edges into the order of a model of anemoi-models 0.16 or newer.
+
+    Such a model has its edges sorted by destination; older checkpoints have the values in the
+    graph's own order. Other checkpoints are not changed. `load_into` does this by itself.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: (the strategy) the order cannot be known, or is not the model's; or there are
+            states of an optimizer, which are in the old order.
+
+    >>> align_edges(torch.nn.Linear(1, 1))({"weight": torch.ones(1, 1)})
+    {'weight': tensor([[1.]])}
+
+    See Also: align_variables
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"align_edges takes a module, not {type(model).__name__}")
+    return functools.partial(align_edges_of, model)
+
+
+@factory
 def align_variables(
     source: Any = None,
     target: Any = None,
@@ -967,6 +991,7 @@ def transfer_learning(
     If checkpoint and model both know their variables, and the model is one of anemoi-models, the
     weights are first put into the model's order by `align_variables`. That refuses tensors with
     another count of steps or of trainable features: put `exclude` before to leave these out.
+    Trainable values of edges are put into the model's order by `align_edges`.
 
     Args:
         model: a module or a state dict.
@@ -986,8 +1011,9 @@ def transfer_learning(
     See Also: align_variables, filter_shapes, require_match, reset_progress
     """
     check = [] if skip_mismatched else [require_match(model, missing=False, unexpected=False)]
+    edges = [align_edges(model)] if isinstance(model, torch.nn.Module) else []
     align = align_where_known(model, new)
-    return compose(reset_progress, filter_shapes(model), *check, *align)
+    return compose(*edges, reset_progress, filter_shapes(model), *check, *align)
 
 
 def weights_only(checkpoint: Any) -> Mapping[str, Any]:
@@ -1022,7 +1048,8 @@ def warm_start(model: Model) -> Strategy:
 
     See Also: keep_progress, require_match, cold_start
     """
-    return compose(require_match(model), keep_progress, training_weights)
+    edges = [align_edges(model)] if isinstance(model, torch.nn.Module) else []
+    return compose(require_match(model), *edges, keep_progress, training_weights)
 
 
 def cold_start(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,12 @@ standard library alone, since `strategies` stands on it.
 - ``unpacking``: how much may come of compressed bytes.
 - ``aliases``: where `import anemoi_ckpt.strategies` finds the module.
 - Ground floor: ``ordering`` (strategies that align variables, or refuse another order), ``steps``
-  (what a strategy tells of itself), ``aligning`` and ``alignment`` (weights follow their
-  variables), ``combining`` (means and unions of state dicts), ``processors`` (the statistics in
-  Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what strategies
-  share), ``tensors`` (new values in a state dict), ``globs`` (how names are chosen), ``anatomy``
-  (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what
-  differs between versions of torch and Python), ``errors``.
+  (what a strategy tells of itself), ``configurations`` (what Anemoi's say of channels),
+  ``misplaced`` (weights that would be another variable's), ``aligning``, ``layouts`` and
+  ``alignment`` (weights follow their variables; what Anemoi's models have over variables),
+  ``edges`` (values follow their edges), ``combining`` (means and unions of state dicts),
+  ``processors`` (the statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and
+  ``arguments`` (what strategies share), ``tensors`` (new values in a state dict), ``globs`` (how
+  names are chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what Anemoi's
+  weights run over), ``compat`` (what differs between versions of torch and Python), ``errors``.
 """

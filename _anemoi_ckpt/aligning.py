@@ -32,6 +32,7 @@ from _anemoi_ckpt.anatomy import (
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.globs import choose
+from _anemoi_ckpt.layouts import suspect_axis
 from _anemoi_ckpt.tensors import change_tensors, is_strided, snapshot, tensor_names, view_key
 from _anemoi_ckpt.variables import Variables, few, read_checkpoint
 
@@ -53,13 +54,15 @@ def find_alignment(
         model_tensors: the model's tensors, by name.
 
     Raises:
-        ValueError: the checkpoint has no variables, the layout chooses nothing, or a tensor's size
-            does not agree with the layout.
+        ValueError: the checkpoint has no variables, the layout chooses nothing, a tensor's size
+            does not agree with the layout, or that of an unknown tensor does with some variables.
     """
     pairs = changed_variables(read_checkpoint(checkpoint), source, target, layouts)
     state_dict = weights_of(checkpoint)
     tensors = _tensors_to_align(pairs, layouts, state_dict, model_tensors)
+    _check_unknown(pairs, layouts, state_dict, model_tensors)
     present = {dataset for dataset, _ in tensors.values()}
+    present |= {d for d in pairs if not tensors.keys().isdisjoint(layouts[d].entries)}
     if pairs and not present:
         raise MismatchError(
             UNPLACED, "it has none of the layout's tensors", f"it has: {few(state_dict)}"
@@ -131,7 +134,7 @@ def _tensors_to_align(
             if not chosen:
                 _check_absent(glob, names, model_tensors)
             for name in chosen:
-                if name in tensors:
+                if name in tensors and not _is_shared(name, glob, tensors, layouts):
                     raise MismatchError(
                         UNPLACED, f"the layout has {name} twice", f"{glob!r} chooses it again"
                     )
@@ -143,13 +146,77 @@ def _tensors_to_align(
                     for side, tensor, variables in sides
                     if (problem := disagreement(entry, variables, tensor.shape))
                 ]
+    problems += _divided(tensors, pairs, layouts)
     if problems:
         raise MismatchError(
             UNPLACED,
-            f"sizes do not agree with the layout: {few(problems)}",
+            f"these do not agree with the layout: {few(problems)}",
             "exclude leaves these tensors out",
         )
     return tensors
+
+
+def _is_shared(
+    name: str, glob: str, tensors: Mapping[str, tuple[str, Any]], layouts: Mapping[str, Layout]
+) -> bool:
+    """Tell whether the layouts of several datasets name a tensor: they go through one encoder."""
+    dataset, _ = tensors[name]
+    return name == glob and layouts[dataset].entries.get(name) == tensors[name][1]
+
+
+def _divided(
+    tensors: Mapping[str, tuple[str, Any]],
+    pairs: Mapping[str, tuple[Variables, Variables]],
+    layouts: Mapping[str, Layout],
+) -> list[str]:
+    """Describe the tensors that several datasets share, and would have in different orders."""
+
+    def plan(name: str, dataset: str) -> Plan | None:
+        entry = layouts[dataset].entries[name]
+        return origins(name, entry, *pairs[dataset], "zeros") if dataset in pairs else None
+
+    shared = {
+        name: [dataset for dataset, layout in layouts.items() if name in layout.entries]
+        for name in tensors
+    }
+    return [
+        f"{name} is shared by the datasets {few(datasets)}, whose variables change differently"
+        for name, datasets in shared.items()
+        if any(plan(name, dataset) != plan(name, datasets[0]) for dataset in datasets[1:])
+    ]
+
+
+def _check_unknown(
+    pairs: Mapping[str, tuple[Variables, Variables]],
+    layouts: Mapping[str, Layout],
+    state_dict: Mapping[str, Any],
+    model_tensors: Mapping[str, Any],
+) -> None:
+    """Refuse tensors that the layout does not know, and whose size is that of some variables."""
+    names = set(tensor_names(state_dict)) & model_tensors.keys()
+    problems = {
+        name: problem
+        for dataset, (old, new) in pairs.items()
+        for name in sorted(names & layouts[dataset].unknown)
+        if (
+            problem := suspect_axis(
+                state_dict[name].shape,
+                model_tensors[name].shape,
+                old,
+                new,
+                layouts[dataset].entries,
+            )
+        )
+    }
+    if problems:
+        described = [f"{name} ({problem})" for name, problem in problems.items()]
+        raise MismatchError(
+            UNPLACED,
+            f"the layout of anemoi-models does not know what these tensors run over:"
+            f" {few(described)}",
+            "exclude leaves them out; or add them to anemoi_layout(model), by dataset, and pass"
+            " that as layout: {name: {axis: [parts]}}, with a number for an axis without variables",
+        )
 
 
 def _check_absent(glob: str, names: Sequence[str], model_tensors: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The axes of tensors that run over variables, and the origin of each slice in another order.
+"""Layouts say which axes of tensors run over variables; a plan says where each slice comes from.
 
 Ground floor: `strategies` imports this module, so it imports torch and the standard library alone.
 
@@ -8,25 +8,19 @@ layouts · order
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.variables import (
     NO_VARIABLES,
     ROLES,
     Variables,
-    compare,
     differences,
     few,
     is_collection,
     paired,
-    read_model,
-    recast,
     with_roles,
 )
 
@@ -37,118 +31,6 @@ Label = tuple[int, Any]  # of a channel: the position of its part, and its varia
 
 NEW = ("model", "zeros")  # the sources of slices for new variables
 GROUPS = ("all", "input", "output", "prognostic", "forcing", "diagnostic")
-
-_PROCESSORS = r"(.*\.)?(pre|post)_processors(_tendencies)?\.{}\..*"
-_CORE = ("data_indices", "node_attributes", "encoder", "decoder", "n_step_input", "n_step_output")
-
-
-def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Derive the layout of an encoder-processor-decoder of ``anemoi-models``, for each dataset.
-
-    The layout is for `align_variables`: a dict by tensor name, as in the model's state dict, with
-    the variables' roles. The channels that the encoder reads, and on which the decoder is
-    conditioned, are the inputs of each step, then sines and cosines of the coordinates and the
-    nodes' trainable features, then, in ensembles, the step of the forecast (``_assemble_input`` of
-    anemoi-models 0.13). The decoder's output channels are the outputs of each step. Statistics are
-    the tensors of pre- and post-processors with one number for each variable, and the thresholds of
-    boundings: new variables always get the model's. Tensors of positions are taken from the model.
-
-    Raises:
-        TypeError: the model is not a module.
-        ValueError: the model contains no such module, or one with another order of channels.
-
-    >>> anemoi_layout(torch.nn.Linear(1, 1))
-    Traceback (most recent call last):
-        ...
-    ValueError: no encoder-processor-decoder of anemoi-models in Linear: write its layout yourself
-
-    See Also: align_variables
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"anemoi_layout takes a module, not {type(model).__name__}")
-    cores = (
-        (f"{path}." if path else "", module)
-        for path, module in model.named_modules()
-        if all(hasattr(module, name) for name in _CORE)
-    )
-    prefix, core = next(cores, ("", None))
-    if core is None:
-        raise ValueError(
-            f"no encoder-processor-decoder of anemoi-models in {type(model).__name__}: write its"
-            " layout yourself"
-        )
-    tensors = model.state_dict(keep_vars=True)
-    layout: dict[str, dict[str, Any]] = {}
-    for dataset, variables in read_model(core).items():
-        entries = {
-            **_layout_of_mappers(prefix, core, tensors, dataset),
-            **_layout_of_boundings(prefix, core, dataset),
-            **_layout_of_processors(tensors, dataset, len(variables.index)),
-        }
-        for name, entry in entries.items():
-            problem = disagreement(entry, variables, tensors[name].shape)
-            if problem:
-                raise ValueError(
-                    f"{type(core).__name__} has another order of channels: {name} {problem}; write"
-                    " its layout yourself"
-                )
-        layout[dataset] = {**entries, **{role: sorted(getattr(variables, role)) for role in ROLES}}
-    return layout
-
-
-def _layout_of_mappers(
-    prefix: str, core: Any, tensors: Mapping[str, Any], dataset: str
-) -> dict[str, Any]:
-    """Lay out the first matrix of each embedding, and the last one of the extractor."""
-    step = hasattr(core, "noise_injector")  # ensembles have a channel for the step of the forecast
-    inputs = [*core.n_step_input * ["input"], core.node_attributes.attr_ndims[dataset] + step]
-    outputs = core.n_step_output * ["output"]
-    encoder, decoder = f"{prefix}encoder.{dataset}.", f"{prefix}decoder.{dataset}."
-    layout: dict[str, Any] = {}
-    embeddings = _matrices(tensors, f"{encoder}emb_nodes_src.")
-    extractors = _matrices(tensors, f"{decoder}node_data_extractor.")
-    if not embeddings or not extractors:
-        raise ValueError(
-            f"no {encoder}emb_nodes_src or {decoder}node_data_extractor in {type(core).__name__}:"
-            " write its layout yourself"
-        )
-    # a GNN's decoder has no such embedding: it is not conditioned on the inputs
-    for name in (embeddings[0], *_matrices(tensors, f"{decoder}emb_nodes_dst.")[:1]):
-        layout[name] = {1: inputs}
-    for name in (extractors[-1], f"{extractors[-1].rpartition('.')[0]}.bias"):
-        layout |= {name: {0: outputs}} if name in tensors else {}
-    return layout
-
-
-def _matrices(tensors: Mapping[str, Any], prefix: str) -> list[str]:
-    names = [name for name in tensors if name.startswith(prefix)]
-    return [name for name in names if getattr(tensors[name], "ndim", 0) == 2]  # noqa: PLR2004 - a matrix
-
-
-def _layout_of_boundings(prefix: str, core: Any, dataset: str) -> dict[str, Any]:
-    """Lay out the thresholds of boundings, which are in the order that a bounding's names have."""
-    return {
-        f"{prefix}boundings.{dataset}.{position}.norm_min_val": {
-            0: [list(bounding.variables)],
-            "new": "model",
-        }
-        for position, bounding in enumerate(core.boundings[dataset])
-        if hasattr(bounding, "norm_min_val")
-    }
-
-
-def _layout_of_processors(tensors: Mapping[str, Any], dataset: str, count: int) -> dict[str, Any]:
-    """Lay out the tensors of pre- and post-processors: a number for each variable, or positions."""
-    pattern = re.compile(_PROCESSORS.format(re.escape(dataset)))
-    layout: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if not pattern.fullmatch(name) or not isinstance(tensor, torch.Tensor) or tensor.dim() != 1:
-            continue
-        if not tensor.is_floating_point() and tensor.dtype is not torch.bool:
-            layout[name] = "model"
-        elif len(tensor) == count:
-            layout[name] = {0: ["all"], "new": "model"}
-    return layout
 
 
 def labels(parts: Sequence[Part], variables: Variables) -> list[Label]:
@@ -197,15 +79,17 @@ def disagreement(entry: Any, variables: Variables, shape: Sequence[int]) -> str:
         sizes = [(part, len(_channels(part, variables))) for part in parts]
         total = sum(size for _, size in sizes)
         if shape[axis] != total:
-            terms = " + ".join(f"{_part_name(part)}{size}" for part, size in sizes)
+            terms = " + ".join(
+                f"{size}" if isinstance(part, int) else f"{part_name(part)} {size}"
+                for part, size in sizes
+            )
             return f"has {shape[axis]} along axis {axis}, but its layout has {terms} = {total}"
     return ""
 
 
-def _part_name(part: Part) -> str:
-    if isinstance(part, int):
-        return ""
-    return f"{part} " if isinstance(part, str) else f"({few(part)}) "
+def part_name(part: Part) -> str:
+    """Name a part of an axis for a message."""
+    return str(part) if isinstance(part, int | str) else f"({few(part)})"
 
 
 def axes(entry: Any) -> dict[int, Sequence[Part]]:
@@ -221,6 +105,7 @@ class Layout:
 
     entries: dict[str, Any]
     roles: Variables
+    unknown: frozenset[str] = frozenset()  # names of tensors that may run over variables, too
 
 
 def read_layout(layout: Any, target: Mapping[str, Variables]) -> dict[str, Layout]:
@@ -419,96 +304,6 @@ def _as_collection(variables: Variables) -> dict[str, Any]:
     """Make a dict like an ``IndexCollection``, which `variables` reads."""
     roles = {role: sorted(getattr(variables, role)) for role in ROLES}
     return {"name_to_index": dict(variables.index), **roles}
-
-
-def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str, Variables]) -> str:
-    """Describe the tensors whose variables are not where the model has them; empty if none are.
-
-    If the model's layout is known, these are the tensors whose channels are of other variables.
-    Otherwise they are all tensors, as soon as one variable has another index or another role.
-
-    Args:
-        model: the model that would take the tensors.
-        names: the tensors' names in the model; their shapes are the model's.
-        source: the variables of the checkpoint that the tensors are from.
-    """
-    pairs = _differing_variables(source, read_model(model))
-    affected = _affected(model, names, pairs) if pairs else []
-    if not affected:
-        return ""
-    details = [
-        (f"{dataset}: " if len(pairs) > 1 else "")
-        + "; ".join(filter(None, [differences(old.index, new.index), ", ".join(recast(old, new))]))
-        for dataset, (old, new) in pairs.items()
-    ]
-    return (
-        f"the checkpoint's variables are not where the model has them ({', '.join(details)}), and"
-        f" {len(affected)} tensors that fit by their shape run over them: {few(affected)}"
-    )
-
-
-def _differing_variables(
-    source: Mapping[str, Variables], target: Mapping[str, Variables]
-) -> dict[str, tuple[Variables, Variables]]:
-    """Pair the datasets whose indices, or roles that both sides know, differ."""
-    pairs = {
-        dataset: (with_roles(old, new), with_roles(new, old))
-        for dataset, (old, new) in paired(source, target).items()
-    }
-    return {dataset: (old, new) for dataset, (old, new) in pairs.items() if old != new}
-
-
-def _affected(
-    model: torch.nn.Module,
-    names: Iterable[str],
-    pairs: Mapping[str, tuple[Variables, Variables]],
-) -> list[str]:
-    """List the tensors that would give a variable the slices of another one."""
-    try:
-        layouts = anemoi_layout(model)
-    except ValueError:  # an unknown layout: every tensor may run over variables
-        moved = any(
-            compare(old.index, new.index)["moved"] or recast(old, new)
-            for old, new in pairs.values()
-        )
-        return list(names) if moved else []
-    return [
-        name
-        for name in names
-        for dataset, (old, new) in pairs.items()
-        if _clashes(layouts.get(dataset, {}).get(name), old, new)
-    ]
-
-
-def _clashes(entry: Any, source: Variables, target: Variables) -> bool:
-    """Tell whether a channel is another variable's in the model, and both sides know one of them.
-
-    If each side knows only its own one of the two, the variable may have been renamed, so that is
-    not a clash.
-    """
-
-    def both_have(label: Label) -> bool:
-        _, channel = label
-        name = channel[0] if isinstance(channel, tuple) else channel
-        return isinstance(name, int) or (name in source.index and name in target.index)
-
-    if entry == "model" and _roles_in_order(source) != _roles_in_order(target):
-        return True
-    pairs = [
-        pair
-        for parts in axes(entry).values()
-        for pair in zip(labels(parts, source), labels(parts, target), strict=False)
-    ]
-    return any(old != new and (both_have(old) or both_have(new)) for old, new in pairs)
-
-
-def _roles_in_order(variables: Variables) -> list[tuple[bool, ...]]:
-    """Give the roles of the variables in the order of their indices.
-
-    Tensors of positions depend on these alone.
-    """
-    names = sorted(variables.index, key=variables.index.__getitem__)
-    return [tuple(name in getattr(variables, role) for role in ROLES) for name in names]
 
 
 def differ_in_prefix(one: str, other: str) -> bool:

@@ -10,13 +10,13 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from attrs import evolve, frozen
 
-from _anemoi_ckpt.alignment import Alignment, misplaced
+from _anemoi_ckpt.alignment import Alignment
 from _anemoi_ckpt.anatomy import (
     OPTIMIZER,
     SCHEDULER,
@@ -29,7 +29,10 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
+from _anemoi_ckpt.configurations import configured_otherwise, read_config
+from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
 from _anemoi_ckpt.tensors import shape_of, view_key
@@ -54,6 +57,7 @@ class Original:
     shapes: Mapping[str, Shape | None]
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
+    config: Any  # of the model that they are from, as far as it is known
     alignment: Alignment  # with other variables, so far
 
 
@@ -78,6 +82,7 @@ class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
     original: Original
     on_meta: tuple[str, ...] = ()  # what is left there: buffers that no checkpoint has
     lossy: Mapping[str, Dtypes] = {}  # casts that lose more than they round
+    moved_edges: tuple[str, ...] = ()  # values of edges that were put into the model's order
 
 
 @frozen
@@ -105,7 +110,9 @@ def _begin(checkpoint: Any) -> Tracked:
     names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     variables = read_checkpoint(checkpoint)
-    return Tracked(checkpoint, Original(shapes, names, variables, Alignment({}, {})))
+    return Tracked(
+        checkpoint, Original(shapes, names, variables, read_config(checkpoint), Alignment({}, {}))
+    )
 
 
 def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
@@ -160,25 +167,30 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
     more = checkpoint if path else {}  # what is no bare state dict, and no pickled module
     model_tensors = tensors_of(model)
     prefixes = loading_prefixes(model)
-    fitting = _fitting(place, state_dict, model_tensors, prefixes)
+    ordered, moved = in_edge_order(place, model, state_dict, original.shapes)
+    fitting = _fitting(place, ordered, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
+    _check_config(place, model, fitting, original)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
     excused = prefixes | _prefixes(model, has_post_hooks)  # which may fill what is missing
     sure = [n for n in model_tensors if n not in fitting and not is_below(excused, n)]
+    states = {
+        kind: _states(place, more, kind, len(several))
+        for kind, several in receivers.items()
+        if several
+    }
+    check_optimizer(place, moved, states.get("optimizer"))
     match = Match(
         fitting=fitting,
         missing=(),
         unexpected=tuple(name for name in unexpected if name not in fitting),
         mismatched={},
         renamed=renamed,
-        states={
-            kind: _states(place, more, kind, len(several))
-            for kind, several in receivers.items()
-            if several
-        },
+        states=states,
         rest=beside_weights(without(more, _PARTS.values()), path or ()),
         original=original,
+        moved_edges=moved,
     )
     match = with_keys(match, model, sure, ())
     # BatchNorm fills its counter by itself, where an old checkpoint has none
@@ -320,7 +332,18 @@ def _check_variables(
             place,
             problem,
             "put align_variables(model=model) before all else, with a layout if the model is not"
-            " Anemoi's; where all is in order, give load_into a state dict, load(place, weights)",
+            " Anemoi's, and new={'its name': 'the old one'} for a variable that was only renamed;"
+            " where all is in order, give load_into a state dict, load(place, weights)",
+        )
+
+
+def _check_config(
+    place: str, model: torch.nn.Module, fitting: Collection[str], original: Original
+) -> None:
+    problem = configured_otherwise(model, fitting, original.config, original.variables)
+    if problem:
+        raise MismatchError(
+            place, problem, "configure the model as the checkpoint's, or exclude these tensors"
         )
 
 

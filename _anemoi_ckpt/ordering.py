@@ -6,6 +6,7 @@ Ground floor: `strategies` imports this module, so it imports torch and the stan
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,16 @@ import torch
 from _anemoi_ckpt.aligning import align, find_alignment
 from _anemoi_ckpt.alignment import (
     Alignment,
-    anemoi_layout,
     check_new,
     differ_in_prefix,
-    misplaced,
     read_layout,
 )
 from _anemoi_ckpt.anatomy import weights_of
 from _anemoi_ckpt.arguments import state_dict_of
 from _anemoi_ckpt.comparing import shapes_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
+from _anemoi_ckpt.layouts import anemoi_layout, unknown_tensors
+from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import Step, with_alignment
 from _anemoi_ckpt.variables import paired, read_checkpoint, read_model, read_variables
 
@@ -37,7 +38,11 @@ def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step
     if model is None and (target is None or layout is None):
         raise TypeError("align_variables needs target and layout, or a model to derive them from")
     target_variables = read_variables("align_variables", model if target is None else target)
-    layouts = read_layout(anemoi_layout(model) if layout is None else layout, target_variables)
+    derived = anemoi_layout(model) if layout is None else {}
+    layouts = read_layout(derived or layout, target_variables)
+    if derived:
+        unknown = unknown_tensors(model, derived)
+        layouts = {d: replace(each, unknown=unknown[d]) for d, each in layouts.items()}
     source_variables = {} if source is None else read_variables("align_variables", source)
     model_tensors = {} if model is None else state_dict_of("align_variables", model)
     check_new(new, target_variables)
@@ -73,7 +78,7 @@ def align_where_known(model: Any, new: Any) -> list[Step]:
                 " align_variables with a layout"
             )
         return []
-    aligning = aligner(None, None, layout, model, new)
+    aligning = aligner(None, None, None, model, new)
     target = read_model(model)
     names = {name for dataset_layout in layout.values() for name in dataset_layout}
 
@@ -112,7 +117,8 @@ def refuse_misplaced(model: Any, strategy: Callable[[Any], Any]) -> Callable[[An
                 UNPLACED,
                 problem,
                 "put align_variables(model=model) before this strategy, with a layout if the model"
-                " is not one of anemoi-models",
+                " is not one of anemoi-models, and new={'its name': 'the old one'} for a variable"
+                " that was only renamed",
             )
         return result
 

@@ -32,7 +32,7 @@ class Report(Table):
     rest: Mapping[str, Any]  # the checkpoint's other entries
     # kept, of these moved and recast (in another role); new, gone: if both sides tell
     variables: Mapping[str, tuple[str, ...]]
-    aligned: tuple[str, ...]  # tensors that were put into the order of the model's variables
+    aligned: tuple[str, ...]  # tensors put into the order of the model's variables or edges
     on_meta: tuple[str, ...] = ()  # left on the meta device: buffers that no checkpoint has
     # name: dtype in the checkpoint, in the model; the cast lost more than it rounded
     lossy: Mapping[str, Dtypes] = {}
@@ -50,7 +50,7 @@ class Report(Table):
             "renamed": _arrows(self.renamed),
             "restored": self.restored,
         }
-        if self.variables:
+        if self.variables or self.aligned:
             sections["aligned"] = folded(self.aligned)
         for heading, lines in sections.items():
             rows += section(f"{heading} {len(getattr(self, heading))}", lines)
@@ -83,7 +83,7 @@ def reported(place: str, model: torch.nn.Module, loaded: Loaded, seconds: float)
         seconds=seconds,
         rest=match.rest,
         variables=_fate_of_variables(model, match.original),
-        aligned=tuple(match.original.alignment.tensors),
+        aligned=(*match.original.alignment.tensors, *match.moved_edges),
         on_meta=match.on_meta,
         lossy=match.lossy,
     )

@@ -18,6 +18,7 @@ from anemoi_ckpt import load, load_into
 from checkpoints import assert_same
 from strategies import (
     add_prefix,
+    align_edges,
     align_variables,
     average,
     cast,
@@ -94,6 +95,7 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "average(<2 weights>)": average(STATE),
     "merge(<1 weights>, clash='last')": merge({"b": torch.ones(1)}, clash="last"),
     "require_variables({'t': 0})": require_variables({"t": 0}),
+    "align_edges(<Linear>)": align_edges(torch.nn.Linear(1, 1)),
     "align_variables({'t': 0}, {'t': 0}, {'a.bias': {0: ['all']}})": align_variables(
         {"t": 0}, {"t": 0}, {"a.bias": {0: ["all"]}}
     ),

@@ -245,7 +245,7 @@ def test_other_models_want_a_layout_of_ones_own(broken: str) -> None:
         )
     elif broken == "no encoder":
         del core.encoder["data"]
-        told = r"no model\.model\.encoder\.data\.emb_nodes_src or .*write its layout yourself"
+        told = r"no model\.model\.encoder\.data\.emb_nodes_src in .*write its layout yourself"
     else:
         del core.n_step_output
         told = r"no encoder-processor-decoder of anemoi-models in Task"
@@ -268,7 +268,7 @@ def test_statistics_of_any_processor_are_aligned() -> None:
         imputer.register_buffer("replacement", torch.arange(7.0) + 10 * place)
         imputer.register_buffer("is_imputed", torch.arange(7) == 2)
         imputer.register_buffer("index", torch.tensor([2 + place]))
-        imputer.register_buffer("other", torch.ones(3))
+        imputer.register_buffer("other", torch.ones(11))
         imputer.register_buffer("scalar", torch.tensor(1.0 + place))
     old, new = tasks
     layout = anemoi_layout(new)["data"]
@@ -280,6 +280,12 @@ def test_statistics_of_any_processor_are_aligned() -> None:
     assert state_dict[front + "is_imputed"].tolist() == [n == 4 for n in range(7)]
     assert state_dict[front + "index"].tolist() == [3]
     assert state_dict[front + "scalar"] == 1
+    # three are the prognostic variables, and these have moved
+    for task in tasks:
+        task.model.pre_processors["data"].processors["imputer"].other = torch.ones(3)
+    told = r"does not know .*\.imputer\.other \(axis 0 of size 3 could run over prognostic\)"
+    with pytest.raises(ValueError, match=told):
+        align_variables(source=old, model=new)(dict(old.state_dict()))
 
 
 # ── in one line ───────────────────────────────────────────────────────────────────────────────

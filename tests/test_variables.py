@@ -662,14 +662,30 @@ def test_a_state_dict_alone_is_taken_as_it_is(path: Path) -> None:
     assert torch.equal(model.decoder.bias, Net(OLD).decoder.bias)
 
 
-def test_what_is_only_added_or_renamed_in_its_place_is_no_other_order(path: Path) -> None:
-    renamed = Net({"t": 0, "geo": 1, "cos": 2, "tp": 3})
-    report = load_into(renamed, path)
-    assert report.variables["new"] == ("geo",)
-    assert report.variables["gone"] == ("z",)
+def test_what_is_only_added_is_no_other_order(path: Path) -> None:
     more = Net({**OLD, "q": 4})
     report = load_into(more, path, filter_shapes(more))
     assert report.loaded == ("encoder.bias",)
+
+
+def test_another_variable_at_the_same_place_is_refused(path: Path) -> None:
+    """Every shape fits, and nobody knows whether it is the same variable by another name."""
+    other = Net({"t": 0, "geo": 1, "cos": 2, "tp": 3}, start=9.0)
+    before = copy.deepcopy(other.state_dict())
+    for strategies_ in ((), (filter_shapes(other),)):
+        with pytest.raises(
+            ValueError, match=r"\(added geo; removed z\).*new=\{'its name': 'the old"
+        ):
+            load_into(other, path, *strategies_)
+        assert_same(dict(other.state_dict()), dict(before))
+    old = Net(OLD)
+    load_into(other, path, align_variables(layout=LAYOUT, model=other, new={"geo": "z"}))
+    assert torch.equal(other.encoder.weight, old.encoder.weight)
+    assert torch.equal(other.decoder.bias, old.decoder.bias)
+    assert torch.equal(other.scaler[0, [0, 2, 3]], old.scaler[0, [0, 2, 3]])
+    assert other.scaler[0, 1] == before["scaler"][0, 1]  # statistics are the model's
+    fewer = Net({"t": 0, "cos": 2, "tp": 3})  # z is gone, and nothing is in its place
+    assert load_into(fewer, path, filter_shapes(fewer)).loaded == ("encoder.bias",)
 
 
 def test_readme(tmp_path: Path) -> None:

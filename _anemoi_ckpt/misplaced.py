@@ -1,0 +1,116 @@
+"""Tensors that fit a model by their shape, but whose variables are not where the model has them.
+
+Ground floor: `strategies` imports this module, so it imports torch and the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from _anemoi_ckpt.alignment import axes, labels
+from _anemoi_ckpt.layouts import anemoi_layout, suspect_axis, unknown_tensors
+from _anemoi_ckpt.variables import (
+    ROLES,
+    Variables,
+    compare,
+    differences,
+    few,
+    paired,
+    read_model,
+    recast,
+    with_roles,
+)
+
+
+def misplaced(model: torch.nn.Module, names: Iterable[str], source: Mapping[str, Variables]) -> str:
+    """Describe the tensors whose variables are not where the model has them; empty if none are.
+
+    If the model's layout is known, these are the tensors whose channels are of other variables.
+    Otherwise they are all tensors, as soon as one variable has another index or another role.
+
+    Args:
+        model: the model that would take the tensors.
+        names: the tensors' names in the model; their shapes are the model's.
+        source: the variables of the checkpoint that the tensors are from.
+    """
+    pairs = _differing_variables(source, read_model(model))
+    affected = _affected(model, names, pairs) if pairs else []
+    if not affected:
+        return ""
+    details = [
+        (f"{dataset}: " if len(pairs) > 1 else "")
+        + "; ".join(filter(None, [differences(old.index, new.index), ", ".join(recast(old, new))]))
+        for dataset, (old, new) in pairs.items()
+    ]
+    return (
+        f"the checkpoint's variables are not where the model has them ({', '.join(details)}), and"
+        f" {len(affected)} tensors that fit by their shape run over them: {few(affected)}"
+    )
+
+
+def _differing_variables(
+    source: Mapping[str, Variables], target: Mapping[str, Variables]
+) -> dict[str, tuple[Variables, Variables]]:
+    """Pair the datasets whose indices, or roles that both sides know, differ."""
+    pairs = {
+        dataset: (with_roles(old, new), with_roles(new, old))
+        for dataset, (old, new) in paired(source, target).items()
+    }
+    return {dataset: (old, new) for dataset, (old, new) in pairs.items() if old != new}
+
+
+def _affected(
+    model: torch.nn.Module,
+    names: Iterable[str],
+    pairs: Mapping[str, tuple[Variables, Variables]],
+) -> list[str]:
+    """List the tensors that would give a variable the slices of another one."""
+    try:
+        layouts = anemoi_layout(model)
+    except ValueError:  # an unknown layout: every tensor may run over variables
+        moved = any(_moves(old, new) for old, new in pairs.values())
+        return list(names) if moved else []
+    unknown = unknown_tensors(model, layouts)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def clashes(name: str, dataset: str) -> bool:
+        entries = layouts.get(dataset, {})
+        if name in unknown.get(dataset, ()):
+            return bool(suspect_axis(shapes[name], shapes[name], *pairs[dataset], entries))
+        return _clashes(entries.get(name), *pairs[dataset])
+
+    return [name for name in names if any(clashes(name, dataset) for dataset in pairs)]
+
+
+def _moves(source: Variables, target: Variables) -> bool:
+    """Tell whether a variable has another index or role, or another one's index."""
+    there = {position: name for name, position in source.index.items()}
+    replaced = any(
+        name not in source.index and there.get(position, name) not in {name, *target.index}
+        for name, position in target.index.items()
+    )
+    changes = compare(source.index, target.index)
+    return replaced or bool(changes["moved"] or recast(source, target))
+
+
+def _clashes(entry: Any, source: Variables, target: Variables) -> bool:
+    """Tell whether a channel is another variable's in the model."""
+    if entry == "model":
+        return _roles_in_order(source) != _roles_in_order(target)
+    return any(
+        old != new
+        for parts in axes(entry).values()
+        for old, new in zip(labels(parts, source), labels(parts, target), strict=False)
+    )
+
+
+def _roles_in_order(variables: Variables) -> list[tuple[bool, ...]]:
+    """Give the roles of the variables in the order of their indices.
+
+    Tensors of positions depend on these alone.
+    """
+    names = sorted(variables.index, key=variables.index.__getitem__)
+    return [tuple(name in getattr(variables, role) for role in ROLES) for name in names]

@@ -1,0 +1,291 @@
+"""Weights of anemoi-models 0.19 go where their variables and edges are: every kind of its models.
+
+anemoi-models 0.19 wants an older torch than the other tests run with, so it is not in the extras:
+`noxfile.py` installs it without its dependencies' bounds, after the other tests, for this file.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import needs
+from anemoi_ckpt import MismatchError, load_into
+from strategies import align_variables, anemoi_layout, filter_shapes, transfer_learning
+from weather import Variables
+from weather_019 import CONFIGURATIONS, interface_019
+
+needs.anemoi_sorting_edges()
+pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies, some dozens
+
+# as of the datasets a and b that real checkpoints were trained on, with a forcing variable more
+A = Variables(
+    ("t_850", "z_500", "q_700", "msl", "cos_lat", "sin_lat", "tp"), ("cos_lat", "sin_lat")
+)
+B = Variables(
+    ("z_500", "cp", "t_925", "sin_lat", "msl", "tp", "cos_lat", "t_850"),
+    ("cos_lat", "sin_lat"),
+    ("tp", "cp"),
+)
+NEW = ["q_700", "u_10", "hcc", "sst", "ssrd"]
+EDGES = ".trainable.trainable"  # of nodes it is trainable_tensors.data.trainable
+BOUNDED = {"normalizer": ["mean-std"], "min_val": [0.0], "variables": ["tp"]}
+BOUNDING = [{"_target_": "anemoi.models.layers.bounding.NormalizedReluBounding", **BOUNDED}]
+
+
+def task(datasets: Mapping[str, Variables], configuration: str, **options: Any) -> Any:
+    """The interface under the name that Anemoi's Lightning module has it under."""
+    made = torch.nn.Module()
+    made.model = interface_019(datasets, configuration, bounding=BOUNDING, **options)
+    return made
+
+
+def checkpoint_of(model: Any) -> dict[str, Any]:
+    state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = {"data_indices": model.model.data_indices, "config": model.model.config}
+    return {"epoch": 3, "state_dict": state_dict, "hyper_parameters": parameters}
+
+
+@functools.cache
+def trained(configuration: str, several: bool = False, **options: Any) -> tuple[Any, Any]:
+    """A model with weights that nothing else has, and its checkpoint."""
+    torch.manual_seed(0)
+    model = task({"data": A, "more": B} if several else {"data": A}, configuration, **options)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+    return model, checkpoint_of(model)
+
+
+def outputs(
+    model: Any,
+    datasets: Mapping[str, Variables],
+    before: Mapping[str, Variables],
+    after: Mapping[str, Variables],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a model makes of fields that depend on their variables' names alone.
+
+    Variables that only the new model knows are large; those that only the old one knows are zero.
+    """
+    core = model.model.model
+
+    def field(dataset: str, name: str, steps: int, salt: int) -> torch.Tensor:
+        seed = sum(place * ord(letter) for place, letter in enumerate(dataset + name, 1)) + salt
+        shape = (1, steps, 1, core.node_attributes.num_nodes[dataset])
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if name not in before[dataset].names:
+            return 50 * drawn
+        return drawn if name in after[dataset].names else 0 * drawn
+
+    def batch(kind: str, steps: int, salt: int) -> dict[str, torch.Tensor]:
+        return {
+            dataset: torch.stack([field(dataset, n, steps, salt) for n in getattr(each, kind)], -1)
+            for dataset, each in datasets.items()
+        }
+
+    arguments: dict[str, Any] = {"fcstep": 1}
+    if hasattr(core, "noise_embedder"):
+        condition = {dataset: torch.full((1, 1, 1, 1, 1), 0.7) for dataset in datasets}
+        noised = batch("outputs", core.n_step_output, 10_000)
+        arguments = {"conditioned_target": noised, "condition": condition}
+    model.eval()
+    with torch.no_grad():
+        made = core(batch("inputs", core.n_step_input, 0), **arguments)
+    return {
+        dataset: {name: made[dataset][..., place] for place, name in enumerate(each.outputs)}
+        for dataset, each in datasets.items()
+    }
+
+
+def difference(
+    old: Any, new: Any, before: Mapping[str, Variables], after: Mapping[str, Variables]
+) -> float:
+    """How much the outputs of kept variables differ at most from the old ones."""
+    was, now = (
+        outputs(model, each, before, after) for model, each in ((old, before), (new, after))
+    )
+    differences = [0.0]
+    for dataset, each in after.items():
+        for name in each.outputs:
+            own = before[dataset]
+            if name in own.outputs and (name in own.diagnostic) == (name in each.diagnostic):
+                one, other = was[dataset][name], now[dataset][name]
+                assert name == "tp" or one.std() > 1e-3  # tp is bounded
+                differences.append(float((one - other).abs().max()))
+    return max(differences)
+
+
+def statistics_follow(
+    new: Any, own: Any, old: Any, before: Mapping[str, Variables], after: Mapping[str, Variables]
+) -> None:
+    """Normalisers have the old statistics of kept variables, and the model's own of new ones."""
+    for dataset, each in after.items():
+        for which in ("pre", "post"):
+            for name in ("_norm_mul", "_norm_add"):
+                key = f"model.{which}_processors.{dataset}.processors.normalizer.{name}"
+                for place, variable in enumerate(each.names):
+                    names = before[dataset].names
+                    known = variable in names
+                    expected = old[key][names.index(variable)] if known else own[key][place]
+                    assert new.state_dict()[key][place] == expected
+
+
+@st.composite
+def changed(draw: Callable[..., Any], before: Variables) -> Variables:
+    """Other variables: any may be gone, new ones of any role are there, in any order.
+
+    tp is bounded, and the regressors of residuals are forcings: these stay.
+    """
+    gone = draw(st.sets(st.sampled_from([n for n in before.names if n in ("q_700", "msl", "cp")])))
+    new = draw(st.lists(st.sampled_from([n for n in NEW if n not in before.names]), unique=True))
+    roles = {name: draw(st.sampled_from(["prognostic", "forcing", "diagnostic"])) for name in new}
+    if draw(st.booleans()) and gone and new:  # each in the place of one that is gone
+        names = [new.pop() if n in gone and new else n for n in before.names]
+        names = [n for n in names if n not in gone]
+        roles = dict.fromkeys(roles, "prognostic")
+    else:
+        names = [n for n in before.names if n not in gone]
+        names = draw(st.permutations([*names, *new]))
+    return Variables(
+        names,
+        (*before.forcing, *(n for n in names if roles.get(n) == "forcing")),
+        (
+            *(n for n in before.diagnostic if n in names),
+            *(n for n in names if roles.get(n) == "diagnostic"),
+        ),
+    )
+
+
+# tp, which is bounded, is always there; coordinates are no variables
+FREE = ("boundings.data.0.norm_min_val", "boundings.more.0.norm_min_val")
+
+
+def nothing_is_misplaced(
+    new: Any, own: Any, before: Mapping[str, Variables], after: Mapping[str, Variables]
+) -> None:
+    """A model took of an unaligned checkpoint only tensors over variables that are the same."""
+
+    def order(dataset: str, name: str) -> list[Any]:
+        each = after[dataset], before[dataset]
+        if ".node_data_extractor." in name:
+            return [(list(v.outputs), set(v.diagnostic)) for v in each]
+        return (
+            [[n for n in v.names if n not in v.diagnostic + v.forcing] for v in each]
+            if (".residual." in name)
+            else [(list(v.names), set(v.forcing), set(v.diagnostic)) for v in each]
+        )
+
+    coordinates = new.model.config.model.decoders["0"].target_node_features == ["coordinates"]
+    for dataset, entries in anemoi_layout(new).items():
+        for name in entries.keys() & own.keys():
+            now, was = order(dataset, name)
+            taken = not torch.equal(new.state_dict()[name], own[name])
+            free = name.endswith(FREE) or (coordinates and ".emb_nodes_dst." in name)
+            assert not taken or now == was or free, name
+
+
+LARGEST = 1e-5  # float32, fields of the size of 1; new ones of the size of 50
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_from_a_to_b(configuration: str) -> None:
+    old, checkpoint = trained(configuration)
+    new = task({"data": B}, configuration, salt=5)
+    own = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    report = load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
+    assert set(report.loaded) == set(new.state_dict())
+    assert difference(old, new, {"data": A}, {"data": B}) < LARGEST
+    statistics_follow(new, own, checkpoint["state_dict"], {"data": A}, {"data": B})
+
+
+@pytest.mark.parametrize(
+    ("configuration", "several"),
+    [*((name, False) for name in CONFIGURATIONS), ("GNN", True), ("features", True)],
+)
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_knowledge_is_preserved(configuration: str, several: bool, data: Any) -> None:
+    """For every kind and any change: aligned it is right, and else it is refused."""
+    before = {"data": A, "more": B} if several else {"data": A}
+    old, checkpoint = trained(configuration, several)
+    after = {name: data.draw(changed(each)) for name, each in before.items()}
+    new = task(after, configuration, salt=5)
+    own = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    if any(tuple(after[name].names) != tuple(before[name].names) for name in before):
+        try:
+            load_into(new, checkpoint, filter_shapes(new))
+        except MismatchError:
+            assert all(torch.equal(own[name], t) for name, t in new.state_dict().items())
+        else:
+            nothing_is_misplaced(new, own, before, after)
+            new.load_state_dict(own)
+    load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
+    assert difference(old, new, before, after) < LARGEST
+    statistics_follow(new, own, checkpoint["state_dict"], before, after)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_unaligned_it_is_lost(configuration: str) -> None:
+    """The law can be broken, and is, where nobody knows the variables: a state dict tells none."""
+    old, checkpoint = trained(configuration)
+    after = Variables(A.names[::-1], A.forcing)
+    new = task({"data": after}, configuration)
+    load_into(new, checkpoint["state_dict"])
+    assert difference(old, new, {"data": A}, {"data": after}) > 1e-3
+    with pytest.raises(MismatchError, match=r"align_variables\(model=model\)"):
+        load_into(new, checkpoint)
+
+
+# ── what no shape tells ───────────────────────────────────────────────────────────────────────
+
+
+def test_other_features_of_equal_size_are_refused() -> None:
+    _, checkpoint = trained("features of equal size")
+    model = task({"data": A}, "features of equal size")
+    assert load_into(model, checkpoint, strict=True)
+    swapped = ["prognostics", "trainable_parameters", "coordinates", "forcings"]
+    for features in (swapped, ["encoded_data"]):
+        other = task({"data": A}, "features of equal size", features=features)
+        for chain in ((), (align_variables(model=other),), (transfer_learning(other),)):
+            with pytest.raises(
+                MismatchError, match=r"target_node_features = forcings, coordinates"
+            ):
+                load_into(other, checkpoint, *chain)
+
+
+def test_encoders_under_other_keys_are_refused() -> None:
+    """Both datasets have as many variables; only the configuration tells which encoder is whose."""
+    datasets = {"data": A, "more": Variables(A.names[::-1], A.forcing)}
+    old, new = task(datasets, "GNN"), task(datasets, "GNN", keys="10")
+    with pytest.raises(MismatchError, match=r"encoders\.1\.source_datasets = more, and the model"):
+        load_into(new, checkpoint_of(old))
+    assert load_into(task(datasets, "GNN"), checkpoint_of(old), strict=True)
+
+
+@pytest.mark.parametrize("configuration", ["GNN", "GraphTransformer", "GNN hierarchical"])
+def test_edges_of_before_016_go_where_the_migration_puts_them(configuration: str) -> None:
+    script = "anemoi.models.migrations.scripts.1779202136_trainable_edge_perm_fix"
+    migrate = importlib.import_module(script).migrate
+    _, checkpoint = trained(configuration)
+    draw = torch.Generator().manual_seed(4)
+    legacy = {
+        name: torch.randn(tensor.shape, generator=draw) if name.endswith(EDGES) else tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if not name.endswith("trainable_layout_version")
+    }
+    new = task({"data": A}, configuration)
+    expected = migrate({"state_dict": dict(legacy)}, new)["state_dict"]
+    report = load_into(new, {**checkpoint, "state_dict": legacy}, strict=True)
+    moved = [name for name in legacy if name.endswith(EDGES)]
+    assert set(report.aligned) == set(moved)
+    assert len(moved) >= 3
+    assert any(not torch.equal(expected[name], legacy[name]) for name in moved)
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert load_into(new, checkpoint, strict=True).aligned == ()  # today's own
