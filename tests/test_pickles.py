@@ -16,6 +16,7 @@ import pickle
 import struct
 import subprocess
 import types
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -860,6 +861,45 @@ def test_a_file_in_memory_comes_as_itself() -> None:
     for data, position in ((b"abc", 10**12), (b"abc", -1), ("abc", 0), (b"abc", "0")):
         with pytest.raises(pickle.UnpicklingError, match="a BytesIO that lies"):
             read(pickle.dumps(ReduceEx(io.BytesIO, (), (data, position, None)), 2))
+
+
+def of_python_2(value: bytes) -> bytes:
+    return pickle.SHORT_BINSTRING + bytes([len(value)]) + value
+
+
+FLOATS = (
+    b"cnumpy\ndtype\nU\x02f4K\0K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+)
+
+
+def array_of_python_2(raw: bytes) -> bytes:
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+    return made + b"(K\x01K\x02\x85" + FLOATS + b"\x89" + of_python_2(raw) + b"tb"
+
+
+def test_text_of_python_2_is_text_where_it_is_utf_8_and_bytes_elsewhere(tmp_path: Path) -> None:
+    for data, value in (
+        (of_python_2("Zürich".encode()), "Zürich"),
+        (of_python_2("Zürich".encode("latin1")), "Zürich".encode("latin1")),
+        (b"T\2\0\0\0\xff\xfe", b"\xff\xfe"),
+        (b"S'\\xe9'\n", b"\xe9"),
+        (
+            b"cdatetime\ndatetime\n" + of_python_2(b"\x07\xdf\2\3\4\5\6\0\0\0") + b"\x85R",
+            dt.datetime(2015, 2, 3, 4, 5, 6),  # noqa: DTZ001 - as Python 2 wrote them
+        ),
+    ):
+        assert read(b"\x80\x02" + data + b".") == value
+    for numbers in ([1.0, -1.5], [0.0, 4e-41]):  # bytes that are no text, and bytes that are
+        raw = np.array(numbers, "<f4").tobytes()
+        found = read(b"\x80\x02" + array_of_python_2(raw) + b".")
+        assert (found.dtype, found.tobytes()) == (np.dtype("<f4"), raw)
+        scalar = b"cnumpy.core.multiarray\nscalar\n" + FLOATS + of_python_2(raw[4:]) + b"\x86R."
+        assert read(b"\x80\x02" + scalar).tobytes() == raw[4:]
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + of_python_2(b"\xe9") + b".")
+    assert load(tmp_path / "a.ckpt") == b"\xe9"
+    with pytest.raises(CheckpointError, match=r"text that is not UTF-8.*load it without trust"):
+        load(tmp_path / "a.ckpt", trust=True)
 
 
 # ── hostile ───────────────────────────────────────────────────────────────────────────────────

@@ -67,6 +67,10 @@ class MissingClassError(ImportError):
     """A pickle names a trusted class or function that is not installed."""
 
 
+class OldTextError(ValueError):
+    """A pickle of Python 2 has text that is not UTF-8, as torch.load wants it."""
+
+
 class TrustedCodeError(Exception):
     """Code that a pickle names, and that is trusted, raised an error, which is the cause."""
 
@@ -106,6 +110,7 @@ def unpickle(
 
     Raises:
         ForbiddenGlobalError: it names what no checkpoint needs.
+        OldTextError: with `trust=True`, it has text of Python 2 that is not UTF-8.
         MissingClassError: with `trust=True`, it names what is not installed.
         TrustedCodeError: trusted code raised.
         Exception: as the machine meets them, with a pickle that makes no sense.
@@ -123,7 +128,7 @@ class _TrustingMachine(pickle.Unpickler):
     """Python's own, as `torch.load(weights_only=False)` uses it."""
 
     def __init__(self, file: BinaryIO, storage_of: StorageOf, names: dict[str, bool]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file, encoding="utf-8")  # as torch.load does
         self._storage_of, self._names = storage_of, names
         self._own: Exception | None = None  # what was raised here, and not by trusted code
 
@@ -135,6 +140,8 @@ class _TrustingMachine(pickle.Unpickler):
         except Exception as err:
             # where the machine itself raised it, no frame of other code is there
             frames = err.__traceback__.tb_next if err.__traceback__ else None
+            if frames is None and isinstance(err, UnicodeDecodeError):
+                raise OldTextError(str(err)) from err
             if err is self._own or frames is None:
                 raise
             raise TrustedCodeError(_raised_in(frames)) from err
@@ -230,7 +237,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         trust: Mapping[str, Any],
         names: dict[str, bool],
     ) -> None:
-        super().__init__(file, encoding="utf-8")  # as torch.load does
+        super().__init__(file)
         self._storage_of, self._trust, self._names = storage_of, trust, names
         self._trusted_ids = {id(each) for each in trust.values()}
         self._memo_keys: dict[int, list[int]] = {}  # of numpy's objects, by id
@@ -248,6 +255,13 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
 
     def persistent_load(self, pid: Any) -> Any:
         return self._storage_of(pid)
+
+    def _decode_string(self, value: bytes) -> str | bytes:
+        """Give a `str` of Python 2, which could hold any bytes: as text where it is UTF-8."""
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:  # noqa: PLR2004 - names of Python 2, which protocol 2 still writes
