@@ -103,7 +103,7 @@ class Within:
     def __init__(self, file: BinaryIO, end: int) -> None:
         """Read from where the file is, up to a byte of it."""
         self._file, self._end = file, end
-        self.readline = file.readline
+        self.readline, self.tell = file.readline, file.tell
 
     def read(self, count: int) -> bytes:
         """Read as many bytes, or what is left."""

@@ -207,7 +207,9 @@ def _attributes(obj: Inert) -> dict[Any, Any]:
     state = obj._inert_state
     if obj.inert_class == "functools.partial" and isinstance(state, tuple):
         return dict(zip(("func", "args", "keywords"), state, strict=False))
-    parts = state if isinstance(state, tuple) and len(state) == 2 else [state]  # noqa: PLR2004 - with slots
+    if isinstance(state, dict):  # as it stands: thousands of objects may have one of thousands
+        return state
+    parts = state if isinstance(state, tuple) and len(state) == 2 else ()  # noqa: PLR2004 - with slots
     return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from _anemoi_ckpt.compat import check_dense
+
 _PER_CHANNEL = {  # dtypes of the scales and of the zero points
     torch.per_channel_affine: (torch.double, torch.long),
     torch.per_channel_affine_float_qparams: (torch.float, torch.float),
@@ -116,6 +118,8 @@ def _empty_quantized(storage: Any, size: Any, scheme: Any, *params: Any) -> Any:
     if type(scales) is list:  # as torch 1.3 wrote them
         of_scales, of_zeros = _PER_CHANNEL[scheme]
         scales, zeros = torch.tensor(scales, dtype=of_scales), torch.tensor(zeros, dtype=of_zeros)
+    elif not scales.is_meta:
+        check_dense(scales, zeros)
     none = [0] * axis + [len(scales)] + [0] * (len(size) - axis - 1)
     return torch._empty_per_channel_affine_quantized(
         none, scales=scales, zero_points=zeros, axis=axis, **kind
@@ -124,6 +128,7 @@ def _empty_quantized(storage: Any, size: Any, scheme: Any, *params: Any) -> Any:
 
 def rebuild_from_cpu(data: Any, dtype: Any, _device: Any, requires_grad: Any) -> Any:
     """Rebuild a tensor of a device without storages, such as an XLA one, on the CPU."""
+    check_dense(data)
     tensor = data.to(dtype=dtype)
     tensor.requires_grad = requires_grad
     return tensor
