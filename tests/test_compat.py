@@ -227,6 +227,37 @@ def test_a_nested_tensor_whose_sizes_lie_is_corrupt(tmp_path: Path, lie: str, le
             load(path, trust=trust)
 
 
+ENDLESS = torch.zeros(1, 1, dtype=torch.int64).expand(1, 10**13)
+EXPANDED = {
+    "coo": Call(
+        torch._utils._rebuild_sparse_tensor,
+        torch.sparse_coo,
+        (ENDLESS, torch.ones(1).expand(10**13), (2,), False),
+    ),
+    "csr": Call(
+        torch._utils._rebuild_sparse_tensor,
+        torch.sparse_csr,
+        (torch.tensor([0, 10**13]), ENDLESS[0], torch.ones(1).expand(10**13), (1, 10**13)),
+    ),
+    "nested": Call(
+        torch._utils._rebuild_nested_tensor, torch.ones(2), ENDLESS.t(), ENDLESS.t(), ENDLESS[0]
+    ),
+    "nested buffer": Call(
+        torch._utils._rebuild_nested_tensor,
+        torch.ones(1).expand(10**13),
+        *map(torch.tensor, ([[2]], [[1]], [0])),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", EXPANDED)
+def test_what_is_expanded_without_end_is_not_looked_through(tmp_path: Path, lie: str) -> None:
+    path = written(tmp_path / "a.ckpt", {"w": EXPANDED[lie]})
+    for trust in (False, True):
+        with pytest.raises(CorruptError, match="expanded where its values are needed"):
+            load(path, trust=trust)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_nested_tensor_comes_with_its_parts(tmp_path: Path, legacy: bool) -> None:
     held = {"n": torch.nested.nested_tensor(PARTS), "w": torch.ones(2), "s": SOUND["csr"]}
@@ -452,6 +483,13 @@ HOSTILE_QUANTIZED = {
     "too few scales": quantized((3, 2), (2, 1), torch.per_channel_affine, *SCALES, 0),
     "too few zero points": quantized(
         (2, 3), (3, 1), torch.per_channel_affine, SCALES[0], SCALES[1][:1], 0
+    ),
+    "scales without end": quantized(
+        (10**13,),
+        (0,),
+        torch.per_channel_affine,
+        *(each[:1].expand(10**13) for each in SCALES),
+        0,
     ),
     "an axis beyond": quantized((2, 3), (3, 1), torch.per_channel_affine, *SCALES, 2),
     "an axis that is none": quantized((2, 3), (3, 1), torch.per_channel_affine, *SCALES, "0"),

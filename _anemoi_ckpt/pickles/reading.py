@@ -247,6 +247,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         self._memo_keys: dict[int, list[int]] = {}  # of numpy's objects, by id
         self._hashes: collections.Counter[tuple[int, int]] = collections.Counter()
         self._copied = 0
+        self._copied_storages: dict[int, torch.Tensor] = {}  # a tensor of each, by its id
         self._tell = file.tell
         self._fragile: list[Any] = []  # what frees recursively what it holds
 
@@ -328,8 +329,10 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             UnpicklingError: there are far more than in the pickle, which copies some many times.
         """
         for part in parts:
-            if isinstance(part, torch.Tensor):
-                self._copied += part.numel() * part.itemsize
+            if isinstance(part, torch.Tensor):  # whose values are not in the pickle: once is free
+                storage = part.untyped_storage()
+                if self._copied_storages.setdefault(storage._cdata, part) is not part:
+                    self._copied += part.numel() * part.itemsize
             elif isinstance(part, np.ndarray):
                 self._copied += part.nbytes
             elif type(part) in _SIZED:
