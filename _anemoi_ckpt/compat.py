@@ -117,9 +117,11 @@ def rebuild_sparse_tensor(layout: torch.layout, data: tuple[Any, ...]) -> torch.
 
     Raises:
         RuntimeError: indices lie outside its size, or are out of order, too many or too few.
+        ValueError: there are more of them than bytes that tell them.
     """
     *parts, size = data[:3] if layout is torch.sparse_coo else data
     if not any(part.is_meta for part in parts):
+        check_dense(*parts[:-1])
         if layout is torch.sparse_coo:
             coalesced = data[3] if data[3:] else None  # since 2.1
             _check_coo(*parts, size, coalesced, **_PINNING)
@@ -142,6 +144,16 @@ def rebuild_unchecked_sparse_tensor(layout: torch.layout, data: tuple[Any, ...])
     )
 
 
+def check_dense(*tensors: torch.Tensor) -> None:
+    """Check that no tensor is expanded: what goes through it or copies it would have no end.
+
+    Raises:
+        ValueError: one is.
+    """
+    if any(each.numel() * each.itemsize > each.untyped_storage().nbytes() for each in tensors):
+        raise ValueError("a tensor that is expanded where its values are needed")
+
+
 def rebuild_nested_tensor(
     buffer: torch.Tensor, sizes: torch.Tensor, strides: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
@@ -157,6 +169,7 @@ def rebuild_nested_tensor(
     parts = (buffer, sizes, strides, offsets)
     if any(part.is_meta for part in parts):
         raise NotImplementedError("a nested tensor has its shape from values on the meta device")
+    check_dense(*parts)
     shapes_fit = sizes.shape == strides.shape and offsets.shape == sizes.shape[:1]
     integers = all(part.dtype is torch.int64 for part in parts[1:])
     if not (integers and shapes_fit and sizes.dim() == 2 and buffer.dim() == 1):  # noqa: PLR2004 - a row for each part

@@ -36,7 +36,7 @@ class Contents(Table):
     """What `peek` found. Prints as a table, in notebooks, too."""
 
     place: str
-    format: str  # "torch zip", "torch legacy", "TorchScript", "safetensors"
+    format: str  # "torch zip", "torch legacy", "torch 0.1 tar", "TorchScript", "safetensors"
     bytes: int  # of the file
     checked: bool  # are there checksums that a load compares?
     torch: str | None  # version that wrote it: as Anemoi noted it, or as the layout tells
@@ -191,6 +191,8 @@ def _torch_version(archive: Archive, metadata: Mapping[str, Any]) -> str | None:
         return str(known)
     if archive.format == "torch legacy":
         return "before 1.6, or in its format"
+    if archive.format == "torch 0.1 tar":
+        return "0.1"
     if ".format_version" in members:
         return "2.7 or later"
     if "byteorder" in members:

@@ -32,6 +32,7 @@ from _anemoi_ckpt.formats import Archive, what_instead
 from _anemoi_ckpt.formats.legacy import read_legacy
 from _anemoi_ckpt.formats.safetensors import looks_like_safetensors, read_safetensors
 from _anemoi_ckpt.formats.shards import join_archives, looks_like_json, read_weight_map
+from _anemoi_ckpt.formats.tar import looks_like_tar, read_tar
 from _anemoi_ckpt.formats.torch_zip import (
     LOCAL_SIGNATURE,
     is_packed,
@@ -50,7 +51,7 @@ from _anemoi_ckpt.transport import Source, Transport
 from _anemoi_ckpt.unpacking import bounded
 
 _CHUNK_BYTES = 1024**2  # that are unpacked at once
-_SIGNATURE_BYTES = 64  # enough to tell every format, and what is none
+_SIGNATURE_BYTES = 512  # enough to tell every format, and what is none
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
@@ -178,9 +179,11 @@ def _read_file(source: Source, blocks: BinaryIO, progress: Progress) -> tuple[So
             directory = read_directory(place, blocks)
         read = read_torchscript if is_torchscript(directory) else read_zip
         return source, read(place, blocks, directory)
+    buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # a raw stream, typed as BinaryIO
     if start.startswith(b"\x80"):  # a pickle's first byte
-        buffered = io.BufferedReader(blocks, BLOCK_BYTES)  # type: ignore[type-var] # a raw stream, typed as BinaryIO
         return source, read_legacy(place, buffered, source.size)
+    if looks_like_tar(start):
+        return source, read_tar(place, buffered, source.size)
     begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
     raise NotACheckpointError(place, *(what_instead(start) or begins))
 

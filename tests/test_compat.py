@@ -228,6 +228,37 @@ def test_a_nested_tensor_whose_sizes_lie_is_corrupt(tmp_path: Path, lie: str, le
             load(path, trust=trust)
 
 
+ENDLESS = torch.zeros(1, 1, dtype=torch.int64).expand(1, 10**13)
+EXPANDED = {
+    "coo": Call(
+        torch._utils._rebuild_sparse_tensor,
+        torch.sparse_coo,
+        (ENDLESS, torch.ones(1).expand(10**13), (2,), False),
+    ),
+    "csr": Call(
+        torch._utils._rebuild_sparse_tensor,
+        torch.sparse_csr,
+        (torch.tensor([0, 10**13]), ENDLESS[0], torch.ones(1).expand(10**13), (1, 10**13)),
+    ),
+    "nested": Call(
+        torch._utils._rebuild_nested_tensor, torch.ones(2), ENDLESS.t(), ENDLESS.t(), ENDLESS[0]
+    ),
+    "nested buffer": Call(
+        torch._utils._rebuild_nested_tensor,
+        torch.ones(1).expand(10**13),
+        *map(torch.tensor, ([[2]], [[1]], [0])),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", EXPANDED)
+def test_what_is_expanded_without_end_is_not_looked_through(tmp_path: Path, lie: str) -> None:
+    path = written(tmp_path / "a.ckpt", {"w": EXPANDED[lie]})
+    for trust in (False, True):
+        with pytest.raises(CorruptError, match="expanded where its values are needed"):
+            load(path, trust=trust)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_nested_tensor_comes_with_its_parts(tmp_path: Path, legacy: bool) -> None:
     held = {"n": torch.nested.nested_tensor(PARTS), "w": torch.ones(2), "s": SOUND["csr"]}
@@ -404,20 +435,62 @@ def test_views_that_share_expand_and_are_empty(tmp_path: Path) -> None:
         assert found["last"].item() == 5
 
 
-def quantized(size: Any, stride: Any, *quantizer: Any) -> Call:
-    values = torch.ones(6, dtype=torch.int8).untyped_storage()
-    storage = torch.storage.TypedStorage(wrap_storage=values, dtype=torch.qint8, _internal=True)
+def quantized(size: Any, stride: Any, *quantizer: Any, dtype: torch.dtype = torch.qint8) -> Call:
+    values = torch.arange(6, dtype=torch.int8).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=values, dtype=dtype, _internal=True)
     hooks = collections.OrderedDict[Any, Any]()
     return Call(torch._utils._rebuild_qtensor, storage, 0, size, stride, quantizer, False, hooks)
+
+
+LISTS = [0.5, 1.0], [0.0, 1.0]
+QUANTIZED = {
+    "expanded": quantized((4, 3), (0, 1), torch.per_tensor_affine, 0.5, 0),
+    "four bits": quantized(
+        (2, 6), (6, 1), torch.per_channel_affine_float_qparams, *LISTS, 0, dtype=torch.quint4x2
+    ),
+    "two bits": quantized((24,), (1,), torch.per_tensor_affine, 0.5, 0, dtype=torch.quint2x4),
+    "lists": quantized((3, 2), (1, 3), torch.per_channel_affine, [0.5, 1.0], [0, 1], 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:.*deprecated")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_tensor_comes_as_with_torch_load(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path / "a.ckpt", {"q": QUANTIZED[kind], "w": torch.ones(3)})
+    expected = torch.load(path, weights_only=False)["q"]
+    for trust in (False, True):
+        found = load(path, trust=trust)["q"]
+        assert (found.shape, found.stride()) == (expected.shape, expected.stride())
+        assert (found.dtype, found.qscheme()) == (expected.dtype, expected.qscheme())
+        if kind != "two bits":  # which torch can print no more than compute with
+            assert str(found) == str(expected)
+    assert peek(path).tensors[0].shape == expected.shape
+
+
+def test_an_expanded_quantized_tensor_takes_no_memory(tmp_path: Path) -> None:
+    lie = quantized((10**14,), (0,), torch.per_tensor_affine, 0.5, 0)
+    assert load(written(tmp_path / "a.ckpt", {"q": lie}))["q"].shape == (10**14,)
 
 
 SCALES = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
 HOSTILE_QUANTIZED = {
     "too long": quantized((7,), (1,), torch.per_tensor_affine, 0.5, 0),
-    "expanded without end": quantized((10**12,), (0,), torch.per_tensor_affine, 0.5, 0),
+    "packed, and too long": quantized(
+        (13,), (1,), torch.per_tensor_affine, 0.5, 0, dtype=torch.quint4x2
+    ),
+    "packed, and not in a row": quantized(
+        (2, 3), (1, 4), torch.per_tensor_affine, 0.5, 0, dtype=torch.quint4x2
+    ),
     "too few scales": quantized((3, 2), (2, 1), torch.per_channel_affine, *SCALES, 0),
     "too few zero points": quantized(
         (2, 3), (3, 1), torch.per_channel_affine, SCALES[0], SCALES[1][:1], 0
+    ),
+    "scales without end": quantized(
+        (10**13,),
+        (0,),
+        torch.per_channel_affine,
+        *(each[:1].expand(10**13) for each in SCALES),
+        0,
     ),
     "an axis beyond": quantized((2, 3), (3, 1), torch.per_channel_affine, *SCALES, 2),
     "an axis that is none": quantized((2, 3), (3, 1), torch.per_channel_affine, *SCALES, "0"),

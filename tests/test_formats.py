@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -184,6 +186,127 @@ def test_views_of_storages_of_old_that_lie(tmp_path: Path, lie: Any) -> None:
     (tmp_path / "a.ckpt").write_bytes(of_03({"w": lie}, torch.arange(6.0)))
     with pytest.raises(CorruptError):
         load(tmp_path / "a.ckpt")
+
+
+class Id:
+    """Written as a persistent id."""
+
+    def __init__(self, pid: Any) -> None:
+        self.pid = pid
+
+
+class OfIds(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if isinstance(obj, Id) else None
+
+
+def pickles(*objects: Any) -> bytes:
+    out = io.BytesIO()
+    for obj in objects:
+        if isinstance(obj, bytes):
+            out.write(obj)
+        else:
+            OfIds(out, 2).dump(obj)
+    return out.getvalue()
+
+
+def numbers(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+VALUES = torch.arange(6.0)
+TAR = {  # as torch.save of torch 0.1 wrote them
+    "sys_info": pickles({"protocol_version": 1000, "little_endian": True, "type_sizes": {}}),
+    "pickle": pickles({"w": Id("7"), "tied": [Id("7")], "end": Id("8"), "counts": Id("2"), "n": 3}),
+    "tensors": pickles(
+        *(2, (7, 1, torch.FloatTensor), numbers(2, 3, 2, 1, 3, 0)),  # transposed
+        *((8, 3, torch.FloatTensor), numbers(1, 3, 1, 1)),
+    ),
+    "storages": pickles(
+        *(2, (1, "cpu", torch.FloatStorage), numbers(6) + VALUES.numpy().tobytes()),
+        *((2, "cuda:0", torch.LongStorage), numbers(2) + numbers(4, 5)),
+        [(3, 1, 2, 4)],  # the view: its key, the storage's, its first value, how many
+    ),
+}
+
+
+def tarred(path: Path, **members: bytes) -> Path:
+    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in {**TAR, **members}.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5  # which takes a header of its own
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_the_tar_of_torch_0_1(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "a.ckpt")
+    for trust in (False, True):
+        found = load(path, trust=trust)
+        assert found["w"].tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert found["w"] is found["tied"][0]
+        assert found["end"].tolist() == [3, 4, 5]
+        assert found["end"].data_ptr() == found["w"].data_ptr() + 12
+        assert (found["counts"].tolist(), found["n"]) == ([4, 5], 3)
+    with path.open("rb") as file:
+        expected = torch.load(file, map_location="cpu", weights_only=False)
+    for name in ("w", "end", "counts"):
+        assert found[name].tolist() == expected[name].tolist()
+    assert load(path, lambda c: c["end"]).tolist() == [3, 4, 5]
+    contents = peek(path)
+    assert (contents.format, contents.torch, len(contents.tensors)) == ("torch 0.1 tar", "0.1", 3)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize(
+    ("member", "data"),
+    [
+        ("sys_info", pickles({})),
+        ("sys_info", pickles(Id("1"))),
+        ("pickle", pickles(Id("9"))),
+        ("pickle", pickles(Id("w"))),
+        ("pickle", b""),
+        ("tensors", pickles(1, (7, 1, None), numbers(1, 7, 1, 0))),  # too long
+        ("tensors", pickles(1, (7, 3, None), numbers(1, 5, 1, 0))),  # longer than the view
+        ("tensors", pickles(1, (7, 1, None), numbers(1, 2, -1, 3))),
+        ("tensors", pickles(1, (7, 1, None), numbers(2**31 - 1, 2))),
+        ("tensors", pickles(1, (7, 7, None), numbers(1, 2, 1, 0))),  # on itself
+        ("tensors", pickles(10**9)),
+        ("storages", pickles(1, (1, "cpu", torch.FloatStorage), numbers(10**12))),
+        ("storages", pickles(1, (1, "cpu", torch.FloatStorage), numbers(-3), bytes(64))),
+        ("storages", pickles(1, (1, "cpu", None), numbers(3), bytes(12), [])),
+        ("storages", pickles(0, [(3, 1, 2, 4)])),
+    ],
+)
+def test_a_tar_that_lies(tmp_path: Path, member: str, data: bytes) -> None:
+    path = tarred(tmp_path / "a.ckpt", **{member: data})
+    for read in (load, peek):
+        with pytest.raises(CorruptError):
+            read(path)
+
+
+def test_a_tar_of_others_or_with_headers_that_lie(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with tarfile.open(path, "w") as tar:
+        tar.add(tarred(tmp_path / "b.ckpt"), "b.ckpt")
+    with pytest.raises(NotACheckpointError, match=r"not one of torch 0\.1; extract it"):
+        load(path)
+    whole = (tmp_path / "b.ckpt").read_bytes()
+    first = whole.index(b"sys_info\0")
+    for size in (b"77777777777", b"-0000000001", b"xxxxxxxxxxx"):
+        path.write_bytes(whole[: first + 124] + size + whole[first + 135 :])
+        with pytest.raises(CorruptError, match="its tar archive cannot be read"):
+            load(path)
+    path.write_bytes(whole[: first + 600])
+    with pytest.raises(NotACheckpointError):
+        load(path)
+    end = len(whole.rstrip(b"\0"))
+    path.write_bytes(whole[:end])  # without what fills it up
+    assert load(path)["n"] == 3
+    path.write_bytes(whole[: end - 1])
+    with pytest.raises(CorruptError):
+        load(path)
 
 
 def test_of_several_objects_in_a_row_the_first_comes_as_by_torch(tmp_path: Path) -> None:

@@ -216,6 +216,15 @@ def test_a_byte_order_that_is_none(tmp_path: Path) -> None:
     refused(tmp_path / "a", archive(*entries), "its byte order is 'odd'")
 
 
+def test_the_marks_of_an_archives_end_anywhere(tmp_path: Path) -> None:
+    end = struct.pack("<4s12xLL2x", b"PK\5\6", 0, 0)
+    for gap in range(100):
+        for mark in (b"PK\6\6", b"PK\6\6" * 20):
+            data = b"PK\3\4" + bytes(3 * gap) + mark + bytes(gap) + end
+            refused(tmp_path / "a.ckpt", data, "a zip archive without one data.pkl")
+        refused(tmp_path / "a.ckpt", b"PK\3\4" + end[: gap // 5], "no readable directory")
+
+
 def test_a_zip_that_is_no_checkpoint_and_one_cut_short(tmp_path: Path) -> None:
     refused(tmp_path / "a", archive(Entry("readme", b"x")), "without one data.pkl")
     data = changed()

@@ -10,12 +10,15 @@ import decimal
 import enum
 import functools
 import io
+import itertools
 import os
 import pathlib
 import pickle
 import struct
 import subprocess
+import sys
 import types
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -862,6 +865,45 @@ def test_a_file_in_memory_comes_as_itself() -> None:
             read(pickle.dumps(ReduceEx(io.BytesIO, (), (data, position, None)), 2))
 
 
+def of_python_2(value: bytes) -> bytes:
+    return pickle.SHORT_BINSTRING + bytes([len(value)]) + value
+
+
+FLOATS = (
+    b"cnumpy\ndtype\nU\x02f4K\0K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+)
+
+
+def array_of_python_2(raw: bytes) -> bytes:
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+    return made + b"(K\x01K\x02\x85" + FLOATS + b"\x89" + of_python_2(raw) + b"tb"
+
+
+def test_text_of_python_2_is_text_where_it_is_utf_8_and_bytes_elsewhere(tmp_path: Path) -> None:
+    for data, value in (
+        (of_python_2("Zürich".encode()), "Zürich"),
+        (of_python_2("Zürich".encode("latin1")), "Zürich".encode("latin1")),
+        (b"T\2\0\0\0\xff\xfe", b"\xff\xfe"),
+        (b"S'\\xe9'\n", b"\xe9"),
+        (
+            b"cdatetime\ndatetime\n" + of_python_2(b"\x07\xdf\2\3\4\5\6\0\0\0") + b"\x85R",
+            dt.datetime(2015, 2, 3, 4, 5, 6),  # noqa: DTZ001 - as Python 2 wrote them
+        ),
+    ):
+        assert read(b"\x80\x02" + data + b".") == value
+    for numbers in ([1.0, -1.5], [0.0, 4e-41]):  # bytes that are no text, and bytes that are
+        raw = np.array(numbers, "<f4").tobytes()
+        found = read(b"\x80\x02" + array_of_python_2(raw) + b".")
+        assert (found.dtype, found.tobytes()) == (np.dtype("<f4"), raw)
+        scalar = b"cnumpy.core.multiarray\nscalar\n" + FLOATS + of_python_2(raw[4:]) + b"\x86R."
+        assert read(b"\x80\x02" + scalar).tobytes() == raw[4:]
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + of_python_2(b"\xe9") + b".")
+    assert load(tmp_path / "a.ckpt") == b"\xe9"
+    with pytest.raises(CheckpointError, match=r"text that is not UTF-8.*load it without trust"):
+        load(tmp_path / "a.ckpt", trust=True)
+
+
 # ── hostile ───────────────────────────────────────────────────────────────────────────────────
 
 RAN: list[str] = []
@@ -1123,3 +1165,86 @@ def test_hostile_pickles_take_little_memory(tmp_path: Path) -> None:
     for name, data in HOSTILE.items():
         # threads of other tests' packages count, too: not each time
         assert min(peak(data) for _ in range(3)) < 100 * len(data) + 1_000_000, name
+
+
+MANY = b"](" + b"K\x01" * 20_000 + b"eq\0"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        MANY + b"0(" + b"c__builtin__\nlist\nh\0\x85R" * 300 + b"l.",
+        MANY + b"0(" + b"c__builtin__\nset\nh\0\x85R" * 300 + b"l.",
+        b"}(" + b"".join(b"X\6\0\0\0%06dN" % n for n in range(20_000)) + b"uq\x000("
+        b"" + b"ctypes\nSimpleNamespace\n)Rh\0b" * 300 + b"l.",
+        b"T" + struct.pack("<i", 20_000) + b"x" * 20_000 + b"q\x000("
+        b"" + b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R" * 300 + b"l.",
+        b"T" + struct.pack("<i", 20_000) + b"x" * 20_000 + b"q\x000("
+        b"" + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+        b"(K\x01M\x20\x4e\x85cnumpy\ndtype\nU\x02u1K\0K\x01\x87R\x89h\0tb" * 300 + b"l.",
+    ],
+)
+def test_what_copies_a_part_of_itself_without_end_is_refused(made: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="copied without end"):
+        read(b"\x80\x02" + made)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_tensors_that_are_copied_without_end_are_refused(tmp_path: Path) -> None:
+    rebuild = InertGlobal("torch._utils", "_rebuild_device_tensor_from_cpu_tensor")
+    of_numpy = InertGlobal("torch._utils", "_rebuild_device_tensor_from_numpy")
+    values, array = torch.ones(100_000), np.ones(100_000, "f4")
+
+    def put(func: Any, *data: Any) -> Path:
+        save([Inert(func, (each, torch.float64, "xla:0", False)) for each in data], path)
+        return path
+
+    path = tmp_path / "a.ckpt"
+    for func, data in ((rebuild, values), (of_numpy, array)):
+        assert load(put(func, data, data))[1].dtype is torch.float64
+    for func, many in ((rebuild, [values[:] for _ in range(60)]), (of_numpy, [array] * 60)):
+        with pytest.raises(CorruptError, match="copied without end"):
+            load(put(func, *many))
+    for func, some in (
+        (rebuild, [values.clone() for _ in range(60)]),
+        (of_numpy, [array.copy() for _ in range(60)]),
+    ):
+        assert len(load(put(func, *some))) == 60
+    expanded = Inert(rebuild, (torch.ones(1).expand(10**13), torch.float64, "xla:0", False))
+    save(expanded, tmp_path / "a.ckpt")
+    with pytest.raises(CorruptError, match="expanded where its values are needed"):
+        load(tmp_path / "a.ckpt")
+
+
+def test_keys_of_one_hash_are_refused_and_others_are_not() -> None:
+    colliding = [n * sys.hash_info.modulus for n in range(1, 300)]
+    for keys in (colliding, [(n,) for n in colliding]):
+        for made in (dict.fromkeys(keys), set(keys), frozenset(keys)):
+            for protocol in (2, 4):
+                with pytest.raises(pickle.UnpicklingError, match="keys that have one hash"):
+                    read(pickle.dumps(made, protocol))
+    same = b"cx\nA\n\x8a\x0c%b\x85RN"
+    inert = b"".join(same % n.to_bytes(12, "little") for n in colliding)
+    with pytest.raises(pickle.UnpicklingError, match="keys that have one hash"):
+        read(b"\x80\x02}(" + inert + b"u.")
+    sound = [*range(1000), *(n + 2**64 for n in range(1000)), *((n, -n) for n in range(1000))]
+    assert read(pickle.dumps([dict.fromkeys(sound), set(sound)], 4)) == [
+        dict.fromkeys(sound),
+        set(sound),
+    ]
+    shared = [{("layer", 1): n} for n in range(1000)]
+    assert read(pickle.dumps(shared, 2)) == shared
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        b"(" + b"K\x01" * 20_000 + b"tq\x000(" + b"cx\nA\nh\0R" * 1000,  # arguments
+        b"}(" + b"".join(b"I%d\nN" % n for n in range(20_000)) + b"uq\x000("
+        b"" + b"cx\nA\n)\x81h\0b" * 1000,  # states
+        MANY + b"0cx\nA\nh\0\x85Rq\x010(" + b"h\1" * 100_000,  # the object
+    ],
+)
+def test_what_many_objects_share_is_walked_once(parts: bytes) -> None:
+    tree = read(b"\x80\x02" + parts + b"l.")
+    assert 20_000 <= len(list(itertools.islice(walk(tree), 10**6))) <= 22_000

@@ -26,6 +26,7 @@ from _anemoi_ckpt.errors import (
 from _anemoi_ckpt.pickles.reading import (
     ForbiddenGlobalError,
     MissingClassError,
+    OldTextError,
     StorageOf,
     Trust,
     TrustedCodeError,
@@ -98,6 +99,12 @@ def unreadable(place: object, what: str) -> Iterator[None]:
             place,
             f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
             "do not trust it; trust=True would run it",
+        ) from err
+    except OldTextError as err:
+        raise CheckpointError(
+            place,
+            f"it has text that is not UTF-8, as Python 2 wrote it ({err})",
+            "load it without trust: such text comes as bytes",
         ) from err
     except MissingDtypeError as err:
         wanted = f"torch>={err.since}" if err.since else "a newer torch"

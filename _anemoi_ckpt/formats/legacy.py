@@ -8,6 +8,7 @@ behind the count of its elements in eight bytes.
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 from typing import Any, BinaryIO
 
@@ -61,21 +62,21 @@ def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
             blanks[key] = blank_storage(sizes[key])
         return torch.storage.TypedStorage(wrap_storage=blanks[key], dtype=kind, _internal=True)
 
-    def none(pid: Any) -> Any:
-        raise ValueError(f"a {type(pid).__name__} for a storage where none belongs")
-
-    pickles: Any = _Within(file, size)
+    pickles: Any = Within(file, size)
     with unreadable(place, "its pickle"):
-        magic = unpickle(pickles, none, trust={})
+        magic = unpickle(pickles, no_storage, trust={})
         if magic != _MAGIC:
             raise NotACheckpointError(
                 place, "a pickle, but not one of torch.save", "write it with torch.save"
             )
-        _version, system = unpickle(pickles, none, trust={}), unpickle(pickles, none, trust={})
+        _version, system = (
+            unpickle(pickles, no_storage, trust={}),
+            unpickle(pickles, no_storage, trust={}),
+        )
         begin = file.tell()
         unpickle(pickles, functools.partial(_viewed, measured), trust=BLANK)
         end = file.tell()
-        keys = unpickle(pickles, none, trust={})
+        keys = unpickle(pickles, no_storage, trust={})
         if any(type(key) is not str for key in keys):
             raise ValueError("the key of a storage is no text")
         offsets = itertools.accumulate(
@@ -96,15 +97,37 @@ def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
     return Archive(place, "torch legacy", records, assemble, byteorder=order)
 
 
-class _Within:
+class Within:
     """A file of which no more is asked for than it has: memory for that would be allocated."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
-        self.readline = file.readline
+    def __init__(self, file: BinaryIO, end: int) -> None:
+        """Read from where the file is, up to a byte of it."""
+        self._file, self._end = file, end
+        self.readline, self.tell = file.readline, file.tell
 
     def read(self, count: int) -> bytes:
-        return self._file.read(min(count, self._size - self._file.tell()))
+        """Read as many bytes, or what is left."""
+        return self._file.read(min(count, self._end - self._file.tell()))
+
+    def skip(self, count: int) -> None:
+        """Leave as many bytes out.
+
+        Raises:
+            ValueError: there are less.
+        """
+        start = self._file.tell()
+        if start + count > self._end:
+            raise ValueError(f"{count} bytes from byte {start} on, of which {self._end} is the end")
+        self._file.seek(count, io.SEEK_CUR)
+
+
+def no_storage(pid: Any) -> Any:
+    """Stand for what gives storages where a pickle has none.
+
+    Raises:
+        ValueError: it asks for one.
+    """
+    raise ValueError(f"a {type(pid).__name__} for a storage where none belongs")
 
 
 def _assembled(pickled: bytes, storage_of: StorageOf, trust: Trust, names: Names) -> Any:

@@ -28,7 +28,9 @@ LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # …, length of name, length of extra field (APPNOTE 4.3.7)
 _DIRECTORY_BYTES = 1024**2  # at the end: where it is damaged, nothing tells how long it is
 _PLAIN_END_BYTES = 256  # more than an end without a comment has
-_END = struct.Struct("<8xLL2x")  # …, size and offset of the directory, … (APPNOTE 4.3.16)
+_END = struct.Struct("<12xLL2x")  # …, size and offset of the directory, … (APPNOTE 4.3.16)
+_WIDE_END = struct.Struct("<4s36xQQ")  # the same of zip64, and its mark (APPNOTE 4.3.14)
+_LOCATOR_BYTES = 20  # between the two (APPNOTE 4.3.15)
 _END_BYTES = 64 * 1024 + 200  # the longest end of an archive, with its comment (APPNOTE 4.3.16)
 _DESCRIPTOR_BYTES = 24  # of the longest: signature, CRC-32, two sizes (APPNOTE 4.3.9)
 
@@ -68,19 +70,18 @@ def refuse_several(place: object, file: BinaryIO) -> None:
     Raises:
         NotACheckpointError: the directory stands behind the place where it says that it stands.
     """
-    size, tail, end = file.seek(0, os.SEEK_END), b"", -1
-    for length in (_PLAIN_END_BYTES, _END_BYTES):
-        if end < 0:
-            file.seek(max(0, size - length))
-            tail = file.read(length)
-            end = tail.rfind(b"PK\5\6", 0, -_END.size)
+    end = _place_of_end(file)
     if end < 0:
         return
-    count, told = _END.unpack_from(tail, end + 4)
-    wide = tail.rfind(b"PK\6\6", 0, end)
-    if wide >= 0:  # of an archive beyond 4 GiB, and of torch's
-        count, told = struct.unpack_from("<QQ", tail, wide + 40)
-    start = size - len(tail) + (end if wide < 0 else wide) - count
+    file.seek(end)
+    count, told = _END.unpack(file.read(_END.size))
+    wide = end - _LOCATOR_BYTES - _WIDE_END.size
+    if wide >= 0:
+        file.seek(wide)
+        mark, wide_count, wide_told = _WIDE_END.unpack(file.read(_WIDE_END.size))
+        if mark == b"PK\6\6":  # of an archive beyond 4 GiB, and of torch's
+            count, told, end = wide_count, wide_told, wide
+    start = end - count
     if start <= told:
         return
     file.seek(start)
@@ -92,6 +93,17 @@ def refuse_several(place: object, file: BinaryIO) -> None:
             "save each object to a file of its own; torch.load reads one after another from an open"
             " file",
         )
+
+
+def _place_of_end(file: BinaryIO) -> int:
+    """Find the record that ends an archive, behind which a comment may stand; -1 if none."""
+    size = file.seek(0, os.SEEK_END)
+    for length in (_PLAIN_END_BYTES, _END_BYTES):
+        start = file.seek(max(0, size - length))
+        found = file.read(length).rfind(b"PK\5\6", 0, 4 - _END.size)
+        if found >= 0:
+            return start + found
+    return -1
 
 
 def is_packed(directory: zipfile.ZipFile) -> bool:

@@ -38,8 +38,8 @@ def made_by_numpy(name: str, *args: Any) -> Any:
         return np.dtype(args[0], copy=True)  # its state changes it
     if name == "_reconstruct" and args[0] == _NDARRAY:
         return np.ndarray((0,), np.uint8)  # its state comes later
-    if name == "scalar" and type(args[1]) is bytes and not args[0].hasobject:
-        return np.frombuffer(args[1], args[0], count=1)[0]
+    if name == "scalar" and type(args[1]) in (bytes, str) and not args[0].hasobject:
+        return np.frombuffer(_as_bytes(args[1]), args[0], count=1)[0]
     if name == "_frombuffer":
         raw, dtype, shape, order = args
         return np.frombuffer(bytearray(raw), dtype).reshape(shape, order=order)
@@ -64,6 +64,8 @@ def stated(obj: Any, state: Any) -> Any:
     """
     try:
         if isinstance(obj, np.ndarray):
+            *facts, raw = state
+            state = (*facts, _as_bytes(raw))
             if _array_fits(*state):
                 obj.__setstate__(state)
                 return obj
@@ -74,6 +76,11 @@ def stated(obj: Any, state: Any) -> Any:
     except _UnknownError:
         return _inert(obj, state)
     raise pickle.UnpicklingError("a numpy object whose state does not fit it")
+
+
+def _as_bytes(raw: Any) -> Any:
+    """Give the bytes of Python 2, whose `str` the machine takes for text where it is UTF-8."""
+    return raw.encode() if type(raw) is str else raw
 
 
 def _inert(obj: Any, state: Any) -> Inert:

@@ -207,7 +207,9 @@ def _attributes(obj: Inert) -> dict[Any, Any]:
     state = obj._inert_state
     if obj.inert_class == "functools.partial" and isinstance(state, tuple):
         return dict(zip(("func", "args", "keywords"), state, strict=False))
-    parts = state if isinstance(state, tuple) and len(state) == 2 else [state]  # noqa: PLR2004 - with slots
+    if isinstance(state, dict):  # as it stands: thousands of objects may have one of thousands
+        return state
+    parts = state if isinstance(state, tuple) and len(state) == 2 else ()  # noqa: PLR2004 - with slots
     return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
 
 
@@ -298,35 +300,54 @@ def walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     However deep or cyclic it is: each container is entered once.
     """
     todo: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
-    seen = {}
+    seen: dict[int, Any] = {}  # by id, which is no other's while it is kept
+
     while todo:
         path, item = todo.pop()
-        inside = _inside(item)
+        if id(item) in seen:
+            continue
+        inside = _inside(item, seen)
         if inside is None:
             yield path, item
-        elif id(item) not in seen:
-            seen[id(item)] = item  # kept, so that its id is no other's
+        else:
+            seen[id(item)] = item
             todo += reversed([((*path, key)[:NESTING], value) for key, value in inside])
 
 
-def _inside(item: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Give what a container holds, by key; None if it is no container."""
+def _inside(item: Any, seen: dict[int, Any]) -> Iterable[tuple[Any, Any]] | None:
+    """Give what a container holds, by key; None if it is no container.
+
+    Of an inert object, without those of its parts that were seen: thousands may share them.
+    """
     if isinstance(item, Inert):
         module = _module_state(item)
-        state = module or _attributes(item) or {"": item._inert_state}
-        if module is not None:  # whose parts go by the names that a state dict gives them
-            parts = {name: value for part in _MODULE_PARTS for name, value in state[part].items()}
-            state = {**parts, **{k: v for k, v in state.items() if k not in _MODULE_PARTS}}
         # those of what is like a dict go by their own keys, wherever it has them
         content = _content(item) if isinstance(item, InertMapping) else item._inert_pairs
+        state = module or _attributes(item) or {"": item._inert_state}
+        state = _unseen(item._inert_state, seen, state)
+        if module is not None:  # whose parts go by the names that a state dict gives them
+            parts = [_unseen(module[part], seen, module[part]) for part in _MODULE_PARTS]
+            others = {k: v for k, v in state.items() if k not in _MODULE_PARTS}
+            state = {name: value for part in (*parts, others) for name, value in part.items()}
         beside = [pair for pair in state.items() if pair[1] is not content]
-        unnamed = [each for each in (*item._inert_args, *item._inert_items) if each is not content]
-        return [*beside, *dict(content or {}).items(), *enumerate(unnamed)]
+        args = _unseen(item._inert_args, seen, item._inert_args)
+        unnamed = [each for each in (*args, *item._inert_items) if each is not content]
+        named = _unseen(content, seen, dict(content or {}))
+        return [*beside, *named.items(), *enumerate(unnamed)]
     if isinstance(item, Mapping):
         return item.items()
     if isinstance(item, list | tuple | set | frozenset | collections.deque):
         return enumerate(item)
     return vars(item).items() if type(item) in NAMESPACES else None
+
+
+def _unseen(part: Any, seen: dict[int, Any], inside: Any) -> Any:
+    """Give what is inside a part of an object, the first time that it is met; then nothing."""
+    if isinstance(part, dict | list | tuple):
+        if id(part) in seen:
+            return type(inside)()
+        seen[id(part)] = part
+    return inside
 
 
 def _held(obj: Inert) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import enum
 import functools
 import io
 import pickle
+import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -56,6 +57,9 @@ _LIST_TYPES = {list, collections.deque}
 
 _OBJECT = InertGlobal("builtins", "object")
 _GETATTR = InertGlobal("builtins", "getattr")
+_COLLISIONS = 200  # most keys of a container with one hash, each of which is compared with all
+_COPIED_LEAST = 1_000_000  # items or bytes that calls may copy from a pickle of any length, and
+_COPIED = 8  # for each of its bytes: what is memoized can be copied again for six
 _NAME_LENGTH = 10_000  # most letters of a nested name: sane ones have a hundred
 
 
@@ -65,6 +69,10 @@ class ForbiddenGlobalError(ValueError):
 
 class MissingClassError(ImportError):
     """A pickle names a trusted class or function that is not installed."""
+
+
+class OldTextError(ValueError):
+    """A pickle of Python 2 has text that is not UTF-8, as torch.load wants it."""
 
 
 class TrustedCodeError(Exception):
@@ -106,6 +114,7 @@ def unpickle(
 
     Raises:
         ForbiddenGlobalError: it names what no checkpoint needs.
+        OldTextError: with `trust=True`, it has text of Python 2 that is not UTF-8.
         MissingClassError: with `trust=True`, it names what is not installed.
         TrustedCodeError: trusted code raised.
         Exception: as the machine meets them, with a pickle that makes no sense.
@@ -123,7 +132,7 @@ class _TrustingMachine(pickle.Unpickler):
     """Python's own, as `torch.load(weights_only=False)` uses it."""
 
     def __init__(self, file: BinaryIO, storage_of: StorageOf, names: dict[str, bool]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file, encoding="utf-8")  # as torch.load does
         self._storage_of, self._names = storage_of, names
         self._own: Exception | None = None  # what was raised here, and not by trusted code
 
@@ -135,6 +144,8 @@ class _TrustingMachine(pickle.Unpickler):
         except Exception as err:
             # where the machine itself raised it, no frame of other code is there
             frames = err.__traceback__.tb_next if err.__traceback__ else None
+            if frames is None and isinstance(err, UnicodeDecodeError):
+                raise OldTextError(str(err)) from err
             if err is self._own or frames is None:
                 raise
             raise TrustedCodeError(_raised_in(frames)) from err
@@ -230,10 +241,14 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         trust: Mapping[str, Any],
         names: dict[str, bool],
     ) -> None:
-        super().__init__(file, encoding="utf-8")  # as torch.load does
+        super().__init__(file)
         self._storage_of, self._trust, self._names = storage_of, trust, names
         self._trusted_ids = {id(each) for each in trust.values()}
         self._memo_keys: dict[int, list[int]] = {}  # of numpy's objects, by id
+        self._hashes: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._copied = 0
+        self._copied_storages: dict[int, torch.Tensor] = {}  # a tensor of each, by its id
+        self._tell = file.tell
         self._fragile: list[Any] = []  # what frees recursively what it holds
 
     def load(self) -> Any:
@@ -248,6 +263,13 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
 
     def persistent_load(self, pid: Any) -> Any:
         return self._storage_of(pid)
+
+    def _decode_string(self, value: bytes) -> str | bytes:
+        """Give a `str` of Python 2, which could hold any bytes: as text where it is UTF-8."""
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:  # noqa: PLR2004 - names of Python 2, which protocol 2 still writes
@@ -276,6 +298,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         name = func.full_name if isinstance(func, InertGlobal) else known_names().get(id(func), "")
         if not name and not isinstance(func, Inert):
             raise pickle.UnpicklingError(f"a call of a {type(func).__name__}")
+        self._check_costs(name, args)
         for make in (self._made_by_trusted, _made_plain):
             made = make(name, args)
             if made is not NOTHING:
@@ -291,6 +314,46 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         inert = Inert(NEW_OBJECT, (func, *args)) if new else Inert(func, args)
         become_mapping(inert)  # a subclass of Counter, say, which is made from a dict
         return inert
+
+    def _check_costs(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in _COPYING:
+            self._count_copies(args)
+        if name in _OF_KEYS:
+            for group in filter(_is_group, args):
+                self._check_keys(args, group)
+
+    def _count_copies(self, parts: Any) -> None:
+        """Count the items and bytes of what is about to be copied.
+
+        Raises:
+            UnpicklingError: there are far more than in the pickle, which copies some many times.
+        """
+        for part in parts:
+            if isinstance(part, torch.Tensor):  # whose values are not in the pickle: once is free
+                storage = part.untyped_storage()
+                if self._copied_storages.setdefault(storage._cdata, part) is not part:
+                    self._copied += part.numel() * part.itemsize
+            elif isinstance(part, np.ndarray):
+                self._copied += part.nbytes
+            elif type(part) in _SIZED:
+                self._copied += len(part)
+        if self._copied > _COPIED_LEAST and self._copied > _COPIED * self._tell():
+            raise pickle.UnpicklingError("objects that are copied without end")
+
+    def _check_keys(self, container: Any, keys: Any) -> None:
+        """Check what is about to be hashed.
+
+        Raises:
+            UnpicklingError: that would take for ever, or too many of a container have one hash.
+        """
+        for key in keys:
+            _refuse_endless(key)
+            if type(key) in _SCATTERED or (type(key) is int and abs(key) < sys.hash_info.modulus):
+                continue
+            place = id(container), hash(key)
+            self._hashes[place] += 1
+            if self._hashes[place] > _COLLISIONS:
+                raise pickle.UnpicklingError("keys that have one hash")
 
     def _made_by_trusted(self, name: str, args: tuple[Any, ...]) -> Any:
         """Make what a name or a function that is harmless by itself makes of what is trusted."""
@@ -374,6 +437,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         elif kind is torch.nn.Parameter:
             obj.__setstate__(state)
         elif issubclass(kind, np.dtype | np.ndarray):
+            self._count_copies(state)
             made = stated(obj, state)
             self._replace(obj, made)
             if isinstance(made, np.ndarray) and made.dtype == object:
@@ -381,6 +445,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         elif kind is io.BytesIO:
             obj.__setstate__(_checked_position(*state))
         elif kind is collections.OrderedDict or kind in NAMESPACES:
+            self._count_copies([state])
             vars(obj).update(state)
         else:
             raise pickle.UnpicklingError(f"state for a {kind.__name__}, which takes none")
@@ -399,8 +464,9 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             raise pickle.UnpicklingError(f"items set on a {type(target).__name__}")
         pairs = target._inert_pairs if isinstance(target, Inert) else target
         with _running() if self._is_trusted(kind) else nullcontext():
+            self._check_keys(pairs, items[::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
-                pairs[_key(key)] = value
+                pairs[key] = value
         if isinstance(target, Inert):
             become_mapping(target)
 
@@ -417,11 +483,13 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         items, target = self.pop_mark(), self.stack[-1]
         if type(target) is not set:
             raise pickle.UnpicklingError(f"items added to a {type(target).__name__}")
-        target.update(map(_key, items))
+        self._check_keys(target, items)
+        target.update(items)
 
     def _make_frozenset(self) -> None:
         items = self.pop_mark()
-        self.stack.append(frozenset(map(_key, items)))
+        self._check_keys(items, items)
+        self.stack.append(frozenset(items))
 
     def _make_dict(self) -> None:
         items = self.pop_mark()
@@ -447,14 +515,33 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     }
 
 
-def _key(value: Any) -> Any:
-    """Give a value that is about to be hashed, unless that would take for ever, or too deep.
+# What copies its arguments, and which of these have a length.
+_COPYING = {
+    *PLAIN,
+    *NUMPY,
+    "_codecs.encode",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "torch._utils._rebuild_device_tensor_from_numpy",
+}
+_SIZED = {str, bytes, bytearray, list, tuple, set, frozenset, dict, *_ITEM_TYPES, *_LIST_TYPES}
+# What is made of a group of things that are hashed, and what Python hashes so that nobody finds
+# many with one hash.
+_OF_KEYS = ("builtins.set", "builtins.frozenset")
+_SCATTERED = (str, bytes, float, bool, type(None))
+
+
+def _is_group(arg: Any) -> bool:
+    return type(arg) in (list, tuple, set, frozenset)
+
+
+def _refuse_endless(value: Any) -> None:
+    """Refuse a value that is about to be hashed where that would take for ever, or too deep.
 
     A tuple does not keep its hash: of a pair of twice the same pair, sixty deep, it takes 2**60
     steps, and 200 bytes of pickle make one.
     """
     if type(value) is str:
-        return value
+        return
     layer, count = [value], 0
     for _ in range(NESTING):
         for item in layer:
@@ -462,7 +549,7 @@ def _key(value: Any) -> Any:
         layer = [each for item in layer if isinstance(item, tuple | frozenset) for each in item]
         count += len(layer)
         if not layer:
-            return value
+            return
         if count > NESTED:
             break
     raise pickle.UnpicklingError("a key that is nested without end")
@@ -524,10 +611,6 @@ def _made_standard(name: str, args: tuple[Any, ...]) -> Any:
         return NOTHING
     if kind is collections.defaultdict and not {*args} <= {*_ITEM_TYPES, *_LIST_TYPES, *_EMPTY}:
         return NOTHING
-    if kind in (set, frozenset):
-        for group in args:
-            for each in group:
-                _key(each)
     return kind(*args)
 
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+from _anemoi_ckpt.compat import check_dense
+
+_PER_CHANNEL = {  # dtypes of the scales and of the zero points
+    torch.per_channel_affine: (torch.double, torch.long),
+    torch.per_channel_affine_float_qparams: (torch.float, torch.float),
+}
+_PACKED = {torch.quint4x2: 2, torch.quint2x4: 4}  # values in a byte
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,13 @@ def check_view(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.d
         raise ValueError("a tensor on what is no storage")  # noqa: TRY004 - one kind for what lies
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a tensor whose size, strides or offset are none")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if all(size) and (last + 1) * dtype.itemsize > _bytes_of(storage):
-        raise ValueError(f"a tensor that ends {last + 1} values into {_bytes_of(storage)} bytes")
+    values = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    packed = _PACKED.get(dtype, 1)
+    # a kernel reads packed values as such where they stand in a row from the first byte on
+    if packed > 1 and offset == 0 and values == math.prod(size):
+        values = -(-values // packed)
+    if all(size) and values * dtype.itemsize > _bytes_of(storage):
+        raise ValueError(f"a tensor that ends {values} values into {_bytes_of(storage)} bytes")
 
 
 def _within_storage(rebuild: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,31 +86,49 @@ def _within_storage(rebuild: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _rebuild_quantized(
-    storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *rest: Any
-) -> torch.Tensor:
-    """Rebuild a quantized tensor whose values, scales and zero points are all there.
+def _rebuild_quantized(storage: Any, *args: Any) -> torch.Tensor:
+    """Rebuild a quantized tensor.
+
+    torch's own allocates as many values as the sizes tell, of an expanded tensor, too.
+    """
+    offset, size, stride, quantizer, requires_grad, backward_hooks = args
+    check_view(storage, offset, size, stride, storage.dtype)
+    rebuilt: torch.Tensor = _empty_quantized(storage, size, *quantizer)
+    rebuilt.set_(storage, offset, size, stride)
+    rebuilt.requires_grad = requires_grad
+    rebuilt._backward_hooks = backward_hooks
+    return rebuilt
+
+
+def _empty_quantized(storage: Any, size: Any, scheme: Any, *params: Any) -> Any:
+    """Give a quantized tensor without values, for a storage that has them.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it has not as many scales and zero points as its axis is long.
     """
-    check_view(storage, offset, size, stride, storage.dtype)
-    if math.prod(size) * storage.dtype.itemsize > _bytes_of(storage):
-        raise ValueError("a quantized tensor that has more values than its storage")
-    if quantizer[0] in _PER_CHANNEL:
-        _, scales, zeros, axis = quantizer
-        if type(axis) is not int or not 0 <= axis < len(size):
-            raise ValueError(f"a quantized tensor without an axis {axis!s:.20}")
-        if {len(scales), len(zeros)} != {size[axis]}:
-            raise ValueError("a quantized tensor with too many scales, or too few")
-    rebuilt: torch.Tensor = torch._utils._rebuild_qtensor(
-        storage, offset, size, stride, quantizer, *rest
+    kind: Any = {"dtype": storage.dtype, "device": storage._untyped_storage.device}
+    if scheme not in _PER_CHANNEL:
+        scale, zero = params
+        return torch._empty_affine_quantized([0], scale=scale, zero_point=zero, **kind)
+    scales, zeros, axis = params
+    if type(axis) is not int or not 0 <= axis < len(size):
+        raise ValueError(f"a quantized tensor without an axis {axis!s:.20}")
+    if {len(scales), len(zeros)} != {size[axis]}:
+        raise ValueError("a quantized tensor with too many scales, or too few")
+    if type(scales) is list:  # as torch 1.3 wrote them
+        of_scales, of_zeros = _PER_CHANNEL[scheme]
+        scales, zeros = torch.tensor(scales, dtype=of_scales), torch.tensor(zeros, dtype=of_zeros)
+    elif not scales.is_meta:
+        check_dense(scales, zeros)
+    none = [0] * axis + [len(scales)] + [0] * (len(size) - axis - 1)
+    return torch._empty_per_channel_affine_quantized(
+        none, scales=scales, zero_points=zeros, axis=axis, **kind
     )
-    return rebuilt
 
 
 def rebuild_from_cpu(data: Any, dtype: Any, _device: Any, requires_grad: Any) -> Any:
     """Rebuild a tensor of a device without storages, such as an XLA one, on the CPU."""
+    check_dense(data)
     tensor = data.to(dtype=dtype)
     tensor.requires_grad = requires_grad
     return tensor
