@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 
 from _anemoi_ckpt.errors import CorruptError
-from _anemoi_ckpt.fetching import fetched
+from _anemoi_ckpt.fetching import fetched, spare_bytes
 from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
@@ -108,18 +108,25 @@ def _completed(
     while True:
         plan = functools.partial(planned, checkpoint, storages, strategies, trust)
         found = plan() if ranks is None else ranks.together(plan)
-        needed = found.needed if ranks is None else _any_rank_needs(ranks, found.needed)
+        needed, moved = found.needed, checkpoint.bytes_moved
+        if ranks is not None:
+            needed, moved = _of_all_ranks(ranks, needed, moved)
         if not needed:
             return Loaded(found.result, checkpoint.bytes_moved, checkpoint.bytes_stored)
         del found  # its tensors are hollow
         wanted = {key: record for key, record in records.items() if key in needed}
-        fresh = fetched(checkpoint.source, wanted, progress, ranks)
+        there = sum(storage.nbytes() for storage in storages.values())
+        total = there + sum(record.size for record in wanted.values())
+        spare = spare_bytes(wanted.values(), total, moved - there)
+        fresh = fetched(checkpoint.source, wanted, progress, ranks, spare)
         _swap_bytes(checkpoint.archive, fresh)
         storages |= fresh
 
 
-def _any_rank_needs(ranks: Ranks, needed: frozenset[str]) -> frozenset[str]:
-    return frozenset().union(*ranks.agree(needed))
+def _of_all_ranks(ranks: Ranks, needed: frozenset[str], moved: int) -> tuple[frozenset[str], int]:
+    """Give the records that any rank needs, and the bytes that all of them have moved."""
+    wanted, counts = zip(*ranks.agree((needed, moved)), strict=True)
+    return frozenset().union(*wanted), sum(counts)
 
 
 def _swap_bytes(archive: Archive, storages: Mapping[str, torch.UntypedStorage]) -> None:
