@@ -206,7 +206,7 @@ def load(  # noqa: PLR0913 - by keyword
     {'w': tensor([1., 1.])}
     """
     transport = Transport(transport_params, retries, timeout, cached, group)
-    check = functools.partial(checked, "load", strategies, trust)
+    check = functools.partial(checked, "load", uri, strategies, trust)
     return loaded(uri, strategies, check, transport, progress).result
 
 
@@ -396,6 +396,10 @@ def save(
     >>> load(save({"w": torch.ones(2)}, path))
     {'w': tensor([1., 1.])}
     """
+    if isinstance(checkpoint, str | os.PathLike | URI) and not isinstance(
+        uri, str | os.PathLike | URI
+    ):
+        raise TypeError("save takes the checkpoint first, then where to write it")
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
     members = {} if metadata is None else _members(parse_uri(metadata), transport_params)
@@ -476,16 +480,17 @@ def load_into(  # noqa: PLR0913 - by keyword
     (('weight',), ('bias',), ('extra',))
     """
     begun = time.perf_counter()
-    if not 0 <= require <= 1:
-        raise ValueError(f"require is a share from 0 to 1, not {require!r}")
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             "load_into takes the model first, then the checkpoint:"
             f" {type(model).__name__} is not a model"
         )
-    check = functools.partial(checked, "load_into", strategies, trust)
-    receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
     held, place = _held_or_placed(checkpoint)
+    check = functools.partial(checked, "load_into", place, strategies, trust)
+    receivers = {
+        name: _several(name, value)
+        for name, value in (("optimizer", optimizer), ("scheduler", scheduler))
+    }
     terms = Terms(place.text, strict, require, owned=held is None)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
@@ -512,8 +517,12 @@ def _held_or_placed(checkpoint: Any) -> tuple[Any, URI]:
     return None, parse_uri(checkpoint)
 
 
-def _several(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+def _several(name: str, value: Any) -> Sequence[Any]:
+    several = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for each in several:
+        if isinstance(each, type) or not hasattr(each, "load_state_dict"):
+            raise TypeError(f"{name} of load_into has a load_state_dict, unlike {each!r:.60}")
+    return several
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from attrs import frozen
 
+from _anemoi_ckpt.calls import is_public
 from _anemoi_ckpt.errors import CorruptError
 from _anemoi_ckpt.fetching import fetched, spare_bytes
 from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
-from _anemoi_ckpt.places import URI
+from _anemoi_ckpt.places import URI, parse_uri
 from _anemoi_ckpt.planning import Strategy, planned
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
@@ -66,15 +69,35 @@ def loaded(
         return _completed(checkpoint, strategies, names, progress, ranks)
 
 
-def checked(caller: str, strategies: Sequence[Strategy], trust: bool | Sequence[Any]) -> Trust:
+def checked(
+    caller: str, place: Any, strategies: Sequence[Strategy], trust: bool | Sequence[Any]
+) -> Trust:
     """Check the arguments of a load; give the names that may be run.
 
     Raises:
-        TypeError: a strategy is not a function, or is one that has to be called first; or something
-            to trust is neither a class nor a function.
+        TypeError: the place is none; a strategy is not a function, or is one that has to be called
+            first; or something to trust is neither a class nor a function.
+        InvalidURIError: as `parse_uri`.
     """
+    parse_uri(place)
     check_strategies(caller, strategies)
+    for strategy in strategies:
+        problem = "call it by itself" if is_public(strategy) else _arity_problem(strategy)
+        if problem:
+            name = getattr(strategy, "__qualname__", repr(strategy))
+            raise TypeError(f"{caller} takes functions of a checkpoint: {name} is none; {problem}")
     return trusted(trust)
+
+
+def _arity_problem(strategy: Strategy) -> str:
+    """Tell why a function cannot be called with a checkpoint alone; nothing if it can."""
+    with suppress(ValueError):  # some functions in C tell nothing of their arguments
+        signature = inspect.signature(strategy)
+        try:
+            signature.bind(None)
+        except TypeError as err:
+            return f"its arguments are {signature} ({err})"
+    return ""
 
 
 def _loaded_alone(

@@ -98,8 +98,8 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
         return place
     if not isinstance(place, str | os.PathLike):
         raise TypeError(
-            f"where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"
-            f" {type(place).__name__}"
+            "where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"
+            f" {type(place).__name__}{_advice(place)}"
         )
     text = os.fspath(place)
     match = _SCHEME.fullmatch(text) if isinstance(place, str) else None
@@ -118,6 +118,21 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
         raise
     except ValueError as err:  # such as an IPv6 address without its closing bracket
         raise InvalidURIError(text, f"no URL ({err})", "check it for typing errors") from None
+
+
+def _advice(place: Any) -> str:
+    """Tell what to do with what is no place."""
+    if place is None:
+        return ": is a variable of the configuration or the environment unset?"
+    if isinstance(place, bytes):
+        return ": os.fsdecode makes a text of a path"
+    if hasattr(place, "read"):
+        return ": give the path of an open file, or write its bytes to a file"
+    if isinstance(place, list | tuple):
+        return ": give one place, such as the index of a checkpoint in several files"
+    if callable(place):
+        return ": the place comes first, and then the strategies"
+    return ""
 
 
 def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
