@@ -19,6 +19,7 @@ import torch
 from attrs import evolve, frozen
 
 from _anemoi_ckpt.blocks import whole
+from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.formats import Record, check, crc_matches
 from _anemoi_ckpt.formats.torch_zip import data_start
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
@@ -68,8 +69,9 @@ def fetched(
 
     Raises:
         CheckpointError: they cannot be read, or are not what was written.
+        MemoryError: there is no room for them.
     """
-    storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
+    storages = _allotted(source, records)
     views = {key: memory(storage) for key, storage in storages.items() if storage.nbytes()}
     wanted = _Wanted(records, views, spare)
     total = sum(map(len, views.values()))
@@ -84,6 +86,17 @@ def fetched(
         except UnrangedError:
             _fetch_alone(_whole(source), wanted, notify)
     return storages
+
+
+def _allotted(source: Source, records: Mapping[str, Record]) -> dict[str, torch.UntypedStorage]:
+    try:
+        return {key: torch.UntypedStorage(record.size) for key, record in records.items()}
+    except RuntimeError as err:  # torch has no MemoryError of its own
+        total = sum(record.size for record in records.values())
+        raise MemoryError(
+            f"{redact(str(source.uri))}: there is no memory for the {total} bytes that it takes;"
+            " load less at a time, with a strategy such as include"
+        ) from err
 
 
 def spare_bytes(records: Iterable[Record], needed: int, moved: int) -> int:

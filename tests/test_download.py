@@ -638,6 +638,38 @@ def test_a_cached_copy_that_was_damaged_is_fetched_anew(http_server) -> None:
     assert path.read_bytes() == DATA
 
 
+class Refusing:
+    """Raises when it is rebuilt."""
+
+    def __init__(self) -> None:
+        """Have a state, so that it is set."""
+        self.x = 1
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuse it."""
+        raise ValueError("not today")
+
+
+@pytest.mark.parametrize("trust", [True, [Refusing]])
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_error_of_trusted_code_leaves_the_cached_copy(
+    http_server, monkeypatch, trust: Any, missing: bool
+) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({"w": torch.ones(3), "odd": Refusing()}))
+    path = download(uri)
+    before = path.read_bytes(), path.stat().st_ino
+    if missing:
+        monkeypatch.delattr(sys.modules[__name__], "Refusing")
+        trust = True  # a list would have the class
+    http_server.log.clear()
+    with pytest.raises(CheckpointError) as caught:
+        load(uri, cached=True, trust=trust)
+    assert caught.value.place == uri  # and not the copy
+    assert ("cannot be imported" if missing else "not today") in str(caught.value)
+    assert len(http_server.log) == 1
+    assert (path.read_bytes(), path.stat().st_ino) == before
+
+
 def test_the_cache_is_listed_and_cleared(http_server, capsys, tmp_path: Path) -> None:
     def shown(*arguments: str) -> str:
         assert main(["cache", *arguments]) == 0

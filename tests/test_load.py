@@ -29,6 +29,7 @@ import _anemoi_ckpt.transport
 import anemoi_ckpt
 import needs
 import servers
+from _anemoi_ckpt.formats import Record
 from anemoi_ckpt import (
     CheckpointError,
     CorruptError,
@@ -816,6 +817,14 @@ def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> 
         if thread.name.startswith("anemoi-ckpt"):
             thread.join(10)
     assert len(http_server.log) < 60  # of 240
+
+
+def test_what_memory_has_no_room_for(http_server) -> None:
+    source = _anemoi_ckpt.transport.Source(parse_uri(f"{http_server.url}/a.ckpt?sig=secret"))
+    records = {"0": Record("data/0", 0, 0, 2**60, None)}
+    with pytest.raises(MemoryError, match=r"sig=\*\*\*: there is no memory for the 115292150"):
+        _anemoi_ckpt.fetching.fetched(source, records)
+    assert http_server.log == []
 
 
 def test_memory_does_not_outlive_its_view_nor_the_view_its_memory() -> None:
