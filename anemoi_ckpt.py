@@ -44,6 +44,7 @@ from _anemoi_ckpt.errors import (
     NotACheckpointError,
     UnreachableError,
     UnsafeCheckpointError,
+    redact,
 )
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, loaded
@@ -328,18 +329,25 @@ def download(  # noqa: PLR0913 - by keyword
     >>> load(download(folder / "last.ckpt", folder / "copy.ckpt"))
     {'epoch': 3}
     """
+    target = None if to is None else parse_uri(to)
+    if not isinstance(target, LocalURI | None):
+        raise ValueError(  # noqa: TRY004 - of the right type
+            f"to is a file or folder of this machine, not {redact(target.text)!r}:"
+            " save(load(uri), to) and `anemoi-ckpt copy` write elsewhere"
+        )
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
     transport = Transport(transport_params, retries, timeout, group=group)
-    return _download(to, Transfer(parse_uri(uri), transport, progress, sha256, resume))
+    path = target.path if target else None
+    return _download(path, Transfer(parse_uri(uri), transport, progress, sha256, resume))
 
 
-def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
+def _download(to: str | None, transfer: Transfer) -> Path:
     """Bring a file to a file, a folder or the cache; of ranks, each gives its own path."""
 
-    def own(to: str | os.PathLike[str], name: str) -> Path:
-        target = Path(to).expanduser()
-        return target / name if target.is_dir() or os.fspath(to).endswith(os.sep) else target
+    def own(to: str, name: str) -> Path:
+        target = Path(to)
+        return target / name if target.is_dir() or to.endswith(os.sep) else target
 
     def bring() -> tuple[Path, URI]:
         located = evolve(transfer, place=locate(transfer.place, transfer.transport))

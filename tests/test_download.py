@@ -638,6 +638,29 @@ def test_a_cached_copy_that_was_damaged_is_fetched_anew(http_server) -> None:
     assert path.read_bytes() == DATA
 
 
+@pytest.mark.parametrize("to", ["s3://bucket/a.ckpt?sig=secret", "hf://me/it/a.ckpt"])
+def test_a_download_is_to_this_machine(http_server, to: str) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    with pytest.raises(ValueError, match=r"not '.*a\.ckpt.*'.*anemoi-ckpt copy") as caught:
+        download(uri, to)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TypeError, match="not int"):
+        download(uri, 3)  # type: ignore[arg-type] # the case
+    assert http_server.log == []
+
+
+def test_a_file_to_write_may_be_a_url(http_server, tmp_path: Path) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    assert download(uri, f"file://{tmp_path}/copy%20of.ckpt") == tmp_path / "copy of.ckpt"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /proc")
+def test_a_folder_that_no_file_can_be_created_in(http_server) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    with pytest.raises(CheckpointError, match="it cannot be written"):
+        download(uri, "/proc/a.ckpt")  # even by root
+
+
 class Refusing:
     """Raises when it is rebuilt."""
 
