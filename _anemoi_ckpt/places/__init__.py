@@ -48,7 +48,7 @@ class URI:
     ``str(uri)`` is the text it was parsed from, secrets included; ``repr(uri)`` hides them.
     """
 
-    text: str = field(repr=lambda text: repr(redact(text)))
+    text: str
 
     connections: ClassVar[int] = CONNECTIONS
     path_field: ClassVar[str] = "text"  # which field ends with the file's name
@@ -59,6 +59,17 @@ class URI:
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Give each kind of place this repr: attrs keeps one that is there."""
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = URI.__repr__  # type: ignore[method-assign] # for each subclass
+
+    def __repr__(self) -> str:
+        """Show all fields, without secrets: a signature may stand in a key or path, too."""
+        shown = [each.name for each in fields(type(self)) if each.repr]
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return redact(f"{type(self).__name__}({values})")
 
     @property
     def filename(self) -> str:
