@@ -26,27 +26,37 @@ _R = TypeVar("_R")
 _PUBLIC: list[Callable[..., Any]] = []
 
 
-def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a public function.
+def brief(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function, so that the tracebacks of its errors leave out what helps nobody.
 
-    Its options are checked before anything is moved. Its errors say where, what and what to do. The
-    frames between the caller and the place where one was raised are left out of the traceback, and
-    so are those of the causes of a `CheckpointError`, which keep their messages.
+    These are the frames between the caller and the place where an error was raised, and those of
+    the causes of a `CheckpointError`, which keep their messages.
     """
-    known = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
-            _check_names(function.__name__, kwargs, known)
-            _check_values(function.__name__, kwargs)
             return function(*args, **kwargs)
         except CheckpointError as err:
             _drop_frames(err)
             raise
         except Exception as err:
-            err.__traceback__ = shortened(err.__traceback__)
+            err.__traceback__ = _shortened(err)
             raise
+
+    return call
+
+
+def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a public function: its options are checked before anything is moved."""
+    known = tuple(inspect.signature(function).parameters)
+
+    @brief
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _check_names(function.__name__, kwargs, known)
+        _check_values(function.__name__, kwargs)
+        return function(*args, **kwargs)
 
     _PUBLIC.append(call)
     return call
@@ -149,22 +159,25 @@ _OURS = (
 _LIBRARIES = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
+_SHORTENED = "_anemoi_ckpt_shortened"  # attribute of an error that a call within has shortened
+
+
 def _drop_frames(err: BaseException | None) -> None:
     """Leave frames out of an error, its causes and what was handled when they were raised."""
     seen: list[BaseException] = []  # they may be in a circle
     while err is not None and not any(err is each for each in seen):
         seen.append(err)
         err.__traceback__ = None
-        err = err.__cause__ or (None if err.__suppress_context__ else err.__context__)
+        err = err.__cause__ or err.__context__
 
 
-def shortened(traceback: TracebackType | None) -> TracebackType | None:
+def _shortened(err: Exception) -> TracebackType | None:
     """Leave our frames out of the traceback of an error, where they help nobody.
 
     That is of an argument that we refuse, and of an error of the user's own functions. An error of
     our own code keeps them.
     """
-    frames, users = [], False
+    traceback, frames, users = err.__traceback__, [], False
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
         ours = file.startswith(_OURS)
@@ -172,8 +185,10 @@ def shortened(traceback: TracebackType | None) -> TracebackType | None:
             users = not ours
         frames.append((traceback, users))
         traceback = traceback.tb_next
-    if not users and not (ours and _is_raised(frames[-1][0])):
+    refused = _SHORTENED in vars(err) or (ours and _is_raised(frames[-1][0]))
+    if not users and not refused:
         return frames[0][0]
+    vars(err)[_SHORTENED] = True
     kept = None
     for frame, of_user in reversed(frames):
         if of_user:

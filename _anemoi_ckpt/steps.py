@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from _anemoi_ckpt.alignment import Alignment
-from _anemoi_ckpt.calls import shortened
+from _anemoi_ckpt.calls import brief
 
 _P = ParamSpec("_P")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -71,6 +71,7 @@ class Step:
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             vars(self)[name] = getattr(named, name)
 
+    @brief
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
         return self.function(*args, **kwargs)
@@ -95,13 +96,10 @@ def factory(build: Callable[_P, Callable[[Any], Any]]) -> Callable[_P, Step]:
     """Decorate a function that builds strategies, so that it returns them as steps."""
 
     @no_strategy
+    @brief
     @functools.wraps(build)
     def build_step(*args: _P.args, **kwargs: _P.kwargs) -> Step:
-        try:
-            strategy = build(*args, **kwargs)
-        except (TypeError, ValueError) as err:
-            err.__traceback__ = shortened(err.__traceback__)
-            raise
+        strategy = build(*args, **kwargs)
         call = Call(build_step, args, kwargs)
         if isinstance(strategy, Step):
             return Step(strategy.function, call, strategy.parts, strategy.alignment)

@@ -566,6 +566,35 @@ def test_a_refused_argument_takes_few_lines(path: Path, call: Callable[[Path], A
     assert len("".join(traceback.format_exception(caught.value)).splitlines()) < 20
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: compose(cast, load),
+        lambda path: pipe(path, load, "weights"),
+        compose(include("c"), load),
+        compose(include("a"), forget, load),
+        lambda path: pipe(path, load, forget, include("c")),
+        lambda path: include("c")(CHECKPOINT),
+    ],
+)
+def test_a_composition_hides_our_frames_as_well(path: Path, call: Callable[[Path], Any]) -> None:
+    with pytest.raises((TypeError, CheckpointError)) as caught:
+        call(path)
+    assert {entry.path for entry in caught.traceback} == {Path(__file__)}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [weights, include("a"), drop_optimizer, compose(load, weights), compose(load, include("a"))],
+)
+def test_a_place_is_no_checkpoint(path: Path, call: Callable[[Any], Any]) -> None:
+    for place in (path, str(path)):
+        with pytest.raises(MismatchError, match=r"is where one is: load\(place, strategy\)"):
+            call(place)
+    with pytest.raises(MismatchError, match="'https://host/a\\?sig=\\*\\*\\*'"):
+        call("https://host/a?sig=secret")
+
+
 def test_an_error_of_our_own_code_keeps_its_frames(path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("_anemoi_ckpt.loading.trusted", None)
     with pytest.raises(TypeError) as caught:
