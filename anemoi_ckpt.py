@@ -51,9 +51,10 @@ from _anemoi_ckpt.errors import (
     NotACheckpointError,
     UnreachableError,
     UnsafeCheckpointError,
+    redact,
 )
 from _anemoi_ckpt.installing import install
-from _anemoi_ckpt.loading import Loaded, checked, loaded
+from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
 from _anemoi_ckpt.matching import Terms, matched, tracked
 from _anemoi_ckpt.opening import opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
@@ -233,7 +234,7 @@ def load(  # noqa: PLR0913 - by keyword
     {'w': tensor([1., 1.])}
     """
     transport = Transport(transport_params, retries, timeout, cached, group)
-    check = functools.partial(checked, "load", strategies, trust)
+    check = functools.partial(checked, "load", uri, strategies, trust)
     return loaded(uri, strategies, check, transport, progress).result
 
 
@@ -444,28 +445,34 @@ def download(  # noqa: PLR0913 - by keyword
     >>> load(download(folder / "last.ckpt", folder / "copy.ckpt"))
     {'epoch': 3}
     """
+    target = None if to is None else parse_uri(to)
+    if not isinstance(target, LocalURI | None):
+        raise ValueError(  # noqa: TRY004 - of the right type
+            f"to is a file or folder of this machine, not {redact(target.text)!r}:"
+            " save(load(uri), to) and `anemoi-ckpt copy` write elsewhere"
+        )
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
     transport = Transport(transport_params, retries, timeout, group=group)
-    return _download(to, Transfer(parse_place(uri), transport, progress, sha256, resume))
+    path = target.path if target else None
+    return _download(path, Transfer(parse_place(uri), transport, progress, sha256, resume))
 
 
-def _download(to: str | os.PathLike[str] | None, transfer: Transfer) -> Path:
+def _download(to: str | None, transfer: Transfer) -> Path:
     """Bring a file to a file, a folder or the cache; of ranks, each gives its own path."""
 
-    def own(to: str | os.PathLike[str], name: str) -> Path:
-        target = Path(to).expanduser()
-        return target / name if is_folder(to) else target
+    def own(to: str, name: str) -> Path:
+        return Path(to) / name if is_folder(to) else Path(to)
 
-    def is_folder(to: str | os.PathLike[str]) -> bool:
-        return Path(to).expanduser().is_dir() or os.fspath(to).endswith(os.sep)
+    def is_folder(to: str) -> bool:
+        return Path(to).is_dir() or to.endswith(os.sep)
 
     def bring() -> tuple[Path, URI]:
         located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
             return download_to_cache(located), located.place
         target = own(to, _name_of(located) if is_folder(to) else "")
-        if os.fspath(to).endswith(os.sep):
+        if to.endswith(os.sep):
             with explained_writing(local_uri(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
         download_to(target, located)
@@ -527,6 +534,10 @@ def save(
     >>> load(save({"w": torch.ones(2)}, path))
     {'w': tensor([1., 1.])}
     """
+    if isinstance(checkpoint, str | os.PathLike | URI) and not isinstance(
+        uri, str | os.PathLike | URI
+    ):
+        raise TypeError("save takes the checkpoint first, then where to write it")
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
     members = {} if metadata is None else _members(parse_uri(metadata), transport_params)
@@ -581,7 +592,7 @@ def checkpoint_io(
     transport = Transport(transport_params, retries, timeout)
     options |= {"transport_params": transport_params, "retries": retries, "timeout": timeout}
     inspect.signature(load).bind("", **options)  # a typing error is told now
-    checked("checkpoint_io", strategies, options.get("trust", False))
+    checked_steps("checkpoint_io", strategies, options.get("trust", False))
     return make_checkpoint_io(functools.partial(_load, strategies, options), transport)
 
 
@@ -637,7 +648,7 @@ def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **opt
         TypeError: a strategy is not a function, or `load` has no such option.
     """
     inspect.signature(load).bind(uri, **options)  # a typing error is told now
-    checked("source_stage", strategies, options.get("trust", False))
+    checked("source_stage", uri, strategies, options.get("trust", False))
     return PlaceSource(functools.partial(_load, strategies, options, uri))
 
 
@@ -674,7 +685,7 @@ def _filling(
 ) -> Callable[[torch.nn.Module], Report]:
     """Check the arguments of a later `load_into`, and give what does it."""
     inspect.signature(load_into).bind(None, uri, **options)  # a typing error is told now
-    checked(caller, strategies, options.get("trust", False))
+    checked(caller, uri, strategies, options.get("trust", False))
     recipes = tuple(recipe) if isinstance(recipe, Sequence) else (recipe,)
     for each in recipes:
         if not callable(each):
@@ -760,16 +771,17 @@ def load_into(  # noqa: PLR0913 - by keyword
     (('weight',), ('bias',), ('extra',))
     """
     begun = time.perf_counter()
-    if not 0 <= require <= 1:
-        raise ValueError(f"require is a share from 0 to 1, not {require!r}")
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             "load_into takes the model first, then the checkpoint:"
             f" {type(model).__name__} is not a model"
         )
-    check = functools.partial(checked, "load_into", strategies, trust)
-    receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
     held, place = _held_or_placed(checkpoint)
+    check = functools.partial(checked, "load_into", place, strategies, trust)
+    receivers = {
+        name: _several(name, value)
+        for name, value in (("optimizer", optimizer), ("scheduler", scheduler))
+    }
     terms = Terms(place.text, strict, require, owned=held is None)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
@@ -796,8 +808,12 @@ def _held_or_placed(checkpoint: Any) -> tuple[Any, URI]:
     return None, parse_place(checkpoint)
 
 
-def _several(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+def _several(name: str, value: Any) -> Sequence[Any]:
+    several = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for each in several:
+        if isinstance(each, type) or not hasattr(each, "load_state_dict"):
+            raise TypeError(f"{name} of load_into has a load_state_dict, unlike {each!r:.60}")
+    return several
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────

@@ -52,6 +52,7 @@ from _anemoi_ckpt.arguments import (
     read_indices,
     state_dict_of,
 )
+from _anemoi_ckpt.calls import brief
 from _anemoi_ckpt.combining import average_state_dicts, merge_state_dicts
 from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_of
 from _anemoi_ckpt.edges import align_edges_of
@@ -142,6 +143,7 @@ Model = torch.nn.Module | Mapping[str, Any]
 
 
 @no_strategy
+@brief
 def compose(*functions: Callable[..., Any]) -> Callable[..., Any]:
     """Compose functions from right to left: ``compose(f, g, h)(x)`` is ``f(g(h(x)))``.
 
@@ -164,6 +166,7 @@ def compose(*functions: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @no_strategy
+@brief
 def pipe(value: Any, *functions: Callable[..., Any]) -> Any:
     """Pass a value through functions from left to right: ``pipe(x, f, g)`` is ``g(f(x))``.
 

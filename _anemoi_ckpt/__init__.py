@@ -4,7 +4,6 @@ Each room imports only from those below it in this list. The ground floor import
 standard library alone, since `strategies` stands on it.
 
 - ``cli``: the command line.
-- ``calls``: what all public calls do alike.
 - ``trainers``: what plugs into Lightning's Trainer and anemoi-training.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
@@ -30,7 +29,8 @@ standard library alone, since `strategies` stands on it.
   ``alignment`` (weights follow their variables; what Anemoi's models have over variables),
   ``edges`` (values follow their edges), ``combining`` (means and unions of state dicts),
   ``processors`` (the statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and
-  ``arguments`` (what strategies share), ``tensors`` (new values in a state dict), ``globs`` (how
-  names are chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what Anemoi's
-  weights run over), ``compat`` (what differs between versions of torch and Python), ``errors``.
+  ``arguments`` (what strategies share), ``calls`` (what all public calls do alike), ``tensors``
+  (new values in a state dict), ``globs`` (how names are chosen), ``anatomy`` (where a checkpoint
+  keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what differs between
+  versions of torch and Python), ``errors``.
 """

@@ -11,13 +11,14 @@ import copy
 import functools
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from _anemoi_ckpt.errors import UNPLACED, MismatchError, NoDictError
+from _anemoi_ckpt.errors import UNPLACED, MismatchError, NoDictError, redact
 from _anemoi_ckpt.variables import few
 
 # ── table ─────────────────────────────────────────────────────────────────────────────────────
@@ -227,6 +228,7 @@ def weights_of(checkpoint: Any) -> Mapping[str, Any]:
     """
     path = path_to_weights(checkpoint)
     if path is None:
+        refuse_place(checkpoint)
         keys = checkpoint if isinstance(checkpoint, Mapping) else [type(checkpoint).__name__]
         usual = ", ".join(WEIGHTS.keys)
         raise MismatchError(
@@ -235,6 +237,21 @@ def weights_of(checkpoint: Any) -> Mapping[str, Any]:
             "take it by its own key before, as lambda checkpoint: checkpoint[key]",
         )
     return weights_at(checkpoint, path)
+
+
+def refuse_place(checkpoint: Any) -> None:
+    """Refuse what tells where a checkpoint is, and is none.
+
+    Raises:
+        NoDictError: it is a text or a path.
+    """
+    if isinstance(checkpoint, str | os.PathLike):
+        raise NoDictError(
+            UNPLACED,
+            f"a strategy takes a checkpoint, and {redact(str(checkpoint))!r:.99} is where one is:"
+            " load(place, strategy) reads it",
+            "in compose, load stands behind the strategies: compose(strategy, load)",
+        )
 
 
 def weights_at(checkpoint: Any, path: Sequence[str]) -> Mapping[str, Any]:
@@ -261,6 +278,7 @@ def mapping_of(checkpoint: Any) -> Mapping[str, Any]:
         NoDictError: it is not.
     """
     if not isinstance(checkpoint, Mapping):
+        refuse_place(checkpoint)
         raise NoDictError(
             UNPLACED,
             f"this strategy takes a checkpoint that is a dict, not {type(checkpoint).__name__}",

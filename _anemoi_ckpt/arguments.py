@@ -57,7 +57,7 @@ def check_pattern(pattern: Any, replacement: Any) -> re.Pattern[str]:
         # re reads a replacement when it is used, so use it once here: the error comes early then
         compiled.sub(replacement if isinstance(replacement, str) else "", "")
     except (re.error, IndexError) as err:  # IndexError: the replacement names an unknown group
-        raise ValueError(f"rename cannot replace {pattern!r} by {replacement!r}: {err}") from err
+        raise ValueError(f"rename cannot replace {pattern!r} by {replacement!r}: {err}") from None
     return compiled
 
 

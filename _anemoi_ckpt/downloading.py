@@ -86,7 +86,7 @@ def locked(target: Path) -> Iterator[None]:
     path = hidden(target, "lock")
     lock = filelock.FileLock(path)
     with explained_writing(local_uri(target)):
-        target.parent.stat()  # otherwise filelock would create the folder
+        path.touch()  # filelock creates the folder, and tries for ever where no file can be
         lock.acquire()
     try:
         yield

@@ -11,14 +11,15 @@ import itertools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 
 from _anemoi_ckpt.blocks import whole
+from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.formats import Record, check, crc_matches
 from _anemoi_ckpt.formats.torch_zip import data_start
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
@@ -28,12 +29,22 @@ from _anemoi_ckpt.progress import Progress, shown
 from _anemoi_ckpt.ranks import Ranks
 from _anemoi_ckpt.transport import PART_BYTES, Source
 
-GAP_BYTES = 512 * 1024  # most that all gaps bridged between wanted records may cost a load
+SPARE_BYTES = 1024**2  # that a load may move beside what its result needs, and 2 % of that
+GAP_BYTES = 128 * 1024  # of a gap to read over: one request of many at once costs about as much
 WAVE_BYTES = 64 * 1024**2  # of each rank: one wave is sent to the others while the next is read
 LEAST_BYTES = 1024**2  # of a request by one of several ranks, so that small checkpoints are shared
 
 _Pieces = list[tuple[memoryview, str]]  # memory to fill, and the key of its record ("": a gap)
 _Part = tuple[int, _Pieces]  # what one request brings: from this byte of the object on
+
+
+@frozen
+class _Wanted:
+    """Records to fetch, the memory to fill, by key, and how many bytes may come beside them."""
+
+    records: Mapping[str, Record]
+    views: Mapping[str, memoryview]
+    spare: int
 
 
 # ── fetch ─────────────────────────────────────────────────────────────────────────────────────
@@ -44,6 +55,7 @@ def fetched(
     records: Mapping[str, Record],
     progress: Progress = False,
     ranks: Ranks | None = None,
+    spare: int = SPARE_BYTES,
 ) -> dict[str, torch.UntypedStorage]:
     """Read records into fresh storages, each byte once: in this process, or in all ranks together.
 
@@ -52,24 +64,52 @@ def fetched(
         records: by key.
         progress: as for `load`.
         ranks: each reads a share, and sends it to the others.
+        spare: most bytes to move beside the records, so that it takes few requests; the same on
+            all ranks.
 
     Raises:
         CheckpointError: they cannot be read, or are not what was written.
+        MemoryError: there is no room for them.
     """
-    storages = {key: torch.UntypedStorage(record.size) for key, record in records.items()}
+    storages = _allotted(source, records)
     views = {key: memory(storage) for key, storage in storages.items() if storage.nbytes()}
-    total = sum(record.size for record in records.values())
+    wanted = _Wanted(records, views, spare)
+    total = sum(map(len, views.values()))
     if ranks is not None and ranks.rank and not callable(progress):
         progress = False  # one bar for all
     with shown(source.uri, total, progress) as notify:
         if ranks is not None:
-            _fetch_shared(source, records, views, ranks, notify)
+            _fetch_shared(source, wanted, ranks, notify)
             return storages
         try:
-            _fetch_alone(source, records, views, total, notify)
+            _fetch_alone(source, wanted, notify)
         except UnrangedError:
-            _fetch_alone(_whole(source), records, views, total, notify)
+            _fetch_alone(_whole(source), wanted, notify)
     return storages
+
+
+def _allotted(source: Source, records: Mapping[str, Record]) -> dict[str, torch.UntypedStorage]:
+    try:
+        return {key: torch.UntypedStorage(record.size) for key, record in records.items()}
+    except RuntimeError as err:  # torch has no MemoryError of its own
+        total = sum(record.size for record in records.values())
+        raise MemoryError(
+            f"{redact(str(source.uri))}: there is no memory for the {total} bytes that it takes;"
+            " load less at a time, with a strategy such as include"
+        ) from err
+
+
+def spare_bytes(records: Iterable[Record], needed: int, moved: int) -> int:
+    """Give how many bytes a load may move beside the records that it still has to fetch.
+
+    Args:
+        records: those.
+        needed: bytes of all storages that the result needs.
+        moved: bytes that have come and are in no storage: of the directory and the pickle.
+    """
+    headers = sum(record.start - record.header for record in records)
+    left = SPARE_BYTES + needed // 50 - moved - headers
+    return left if left > 0 else SPARE_BYTES  # thousands of records: requests cost more than bytes
 
 
 def _whole(source: Source) -> Source:
@@ -86,12 +126,11 @@ def memory(storage: torch.UntypedStorage) -> memoryview:
 
 def _fetch_alone(
     source: Source,
-    records: Mapping[str, Record],
-    views: Mapping[str, memoryview],
-    total: int,
+    wanted: _Wanted,
     notify: Notify,
 ) -> None:
-    headers, parts = _laid_out(records, views, part_bytes(source, total))
+    records, views = wanted.records, wanted.views
+    headers, parts = _laid_out(wanted, part_bytes(source, sum(map(len, views.values()))))
     missing = Counter(owner for _, pieces in parts for _, owner in pieces)
     lock = threading.Lock()
 
@@ -126,13 +165,13 @@ def _wrong(source: Source, record: Record, header: Any, view: memoryview) -> Rec
 
 def _fetch_shared(
     source: Source,
-    records: Mapping[str, Record],
-    views: Mapping[str, memoryview],
+    wanted: _Wanted,
     ranks: Ranks,
     notify: Notify,
 ) -> None:
     """Read each byte by one of the ranks, which sends it to all; each checks what it received."""
-    headers = _exchange(source, records, views, ranks, notify)
+    records, views = wanted.records, wanted.views
+    headers = _exchange(source, wanted, ranks, notify)
 
     def find_wrong() -> dict[str, Record]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -148,20 +187,20 @@ def _fetch_shared(
     found = ranks.agree(ranks.together(find_wrong))
     again = {key: record for wrong in found for key, record in wrong.items()}
     if again:
-        _exchange(source, again, {key: views[key] for key in again}, ranks, notify)
+        some = {key: views[key] for key in again}
+        _exchange(source, evolve(wanted, records=again, views=some), ranks, notify)
         ranks.together(check_again)
 
 
 def _exchange(
     source: Source,
-    records: Mapping[str, Record],
-    views: Mapping[str, memoryview],
+    wanted: _Wanted,
     ranks: Ranks,
     notify: Notify,
 ) -> dict[str, bytearray]:
     """Read this rank's share in waves, and send each to the others while the next one is read."""
-    share = sum(map(len, views.values())) // ranks.size
-    headers, parts = _laid_out(records, views, min(max(share, LEAST_BYTES), PART_BYTES))
+    share = sum(map(len, wanted.views.values())) // ranks.size
+    headers, parts = _laid_out(wanted, min(max(share, LEAST_BYTES), PART_BYTES))
     pending: list[Any] = []
     for wave in _waves(parts, ranks, source.in_memory):
         source = ranks.together(functools.partial(_read_share, source, wave[ranks.rank], notify))
@@ -215,21 +254,18 @@ def _waves(parts: Sequence[_Part], ranks: Ranks, in_memory: bool) -> Iterator[li
 # ── spans ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _laid_out(
-    records: Mapping[str, Record], views: Mapping[str, memoryview], size: int
-) -> tuple[dict[str, bytearray], list[_Part]]:
+def _laid_out(wanted: _Wanted, size: int) -> tuple[dict[str, bytearray], list[_Part]]:
     """Lay out what to ask for, in parts of at most `size` bytes; give the headers' buffers, too."""
-    headers = {key: bytearray(records[key].start - records[key].header) for key in views}
-    spans = _spans(records, views, headers)
-    return headers, [part for span in spans for part in _cut(*span, size)]
+    records = wanted.records
+    headers = {key: bytearray(records[key].start - records[key].header) for key in wanted.views}
+    return headers, [part for span in _spans(wanted, headers) for part in _cut(*span, size)]
 
 
-def _spans(
-    records: Mapping[str, Record], views: Mapping[str, Any], headers: Mapping[str, Any]
-) -> Iterator[tuple[int, _Pieces]]:
+def _spans(wanted: _Wanted, headers: Mapping[str, bytearray]) -> Iterator[tuple[int, _Pieces]]:
     """Lay records that stand side by side in a row: header, bytes, gap, header, bytes, …."""
+    records, views = wanted.records, wanted.views
     keys = sorted(views, key=lambda key: records[key].header)
-    bridged = _bridged_gaps([records[key] for key in keys])
+    bridged = _bridged_gaps([records[key] for key in keys], wanted.spare)
     span: tuple[int, _Pieces] = (0, [])
     end = 0
     for key in keys:
@@ -260,16 +296,15 @@ def _cut(offset: int, pieces: _Pieces, size: int) -> Iterator[tuple[int, _Pieces
         yield offset, part
 
 
-def _bridged_gaps(records: Sequence[Record]) -> set[int]:
-    """Choose the gaps to read over, smallest first: a request costs more than a few bytes."""
+def _bridged_gaps(records: Sequence[Record], spare: int) -> set[int]:
+    """Choose the gaps to read over, smallest first: so few bytes save the most requests."""
     gaps = sorted(
         (after.header - before.start - before.size, after.header)
         for before, after in itertools.pairwise(records)
     )
-    bridged, left = set(), GAP_BYTES
-    for gap, header in gaps:
-        left -= gap
-        if left < 0:
-            break
-        bridged.add(header)
-    return bridged
+    total = itertools.accumulate(gap for gap, _ in gaps)
+    return {
+        header
+        for (gap, header), cost in zip(gaps, total, strict=True)
+        if gap <= GAP_BYTES and cost <= spare
+    }

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from attrs import frozen
 
+from _anemoi_ckpt.calls import is_public
 from _anemoi_ckpt.errors import CorruptError
-from _anemoi_ckpt.fetching import fetched
+from _anemoi_ckpt.fetching import fetched, spare_bytes
 from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
-from _anemoi_ckpt.places.streams import Place
+from _anemoi_ckpt.places.streams import Place, parse_place
 from _anemoi_ckpt.planning import Strategy, planned, random_states
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
@@ -65,15 +68,46 @@ def loaded(
         return _completed(checkpoint, strategies, names, progress, ranks)
 
 
-def checked(caller: str, strategies: Sequence[Strategy], trust: bool | Sequence[Any]) -> Trust:
+def checked(
+    caller: str, place: Any, strategies: Sequence[Strategy], trust: bool | Sequence[Any]
+) -> Trust:
     """Check the arguments of a load; give the names that may be run.
+
+    Raises:
+        TypeError: the place is none; or as `checked_steps`.
+        InvalidURIError: as `parse_uri`.
+    """
+    parse_place(place)
+    return checked_steps(caller, strategies, trust)
+
+
+def checked_steps(
+    caller: str, strategies: Sequence[Strategy], trust: bool | Sequence[Any]
+) -> Trust:
+    """Check what a checkpoint is put through; give the names that may be run.
 
     Raises:
         TypeError: a strategy is not a function, or is one that has to be called first; or something
             to trust is neither a class nor a function.
     """
     check_strategies(caller, strategies)
+    for strategy in strategies:
+        problem = "call it by itself" if is_public(strategy) else _arity_problem(strategy)
+        if problem:
+            name = getattr(strategy, "__qualname__", repr(strategy))
+            raise TypeError(f"{caller} takes functions of a checkpoint: {name} is none; {problem}")
     return trusted(trust)
+
+
+def _arity_problem(strategy: Strategy) -> str:
+    """Tell why a function cannot be called with a checkpoint alone; nothing if it can."""
+    with suppress(ValueError):  # some functions in C tell nothing of their arguments
+        signature = inspect.signature(strategy)
+        try:
+            signature.bind(None)
+        except TypeError as err:
+            return f"its arguments are {signature} ({err})"
+    return ""
 
 
 def _loaded_alone(
@@ -108,19 +142,26 @@ def _completed(
         rewind = random_states()
         plan = functools.partial(planned, checkpoint, storages, strategies, trust)
         found = plan() if ranks is None else ranks.together(plan)
-        needed = found.needed if ranks is None else _any_rank_needs(ranks, found.needed)
+        needed, moved = found.needed, checkpoint.bytes_moved
+        if ranks is not None:
+            needed, moved = _of_all_ranks(ranks, needed, moved)
         if not needed:
             return Loaded(found.result, checkpoint.bytes_moved, checkpoint.bytes_stored)
         del found  # its tensors are hollow
         rewind()
         wanted = {key: record for key, record in records.items() if key in needed}
-        fresh = fetched(checkpoint.source, wanted, progress, ranks)
+        there = sum(storage.nbytes() for storage in storages.values())
+        total = there + sum(record.size for record in wanted.values())
+        spare = spare_bytes(wanted.values(), total, moved - there)
+        fresh = fetched(checkpoint.source, wanted, progress, ranks, spare)
         _swap_bytes(checkpoint.archive, fresh)
         storages |= fresh
 
 
-def _any_rank_needs(ranks: Ranks, needed: frozenset[str]) -> frozenset[str]:
-    return frozenset().union(*ranks.agree(needed))
+def _of_all_ranks(ranks: Ranks, needed: frozenset[str], moved: int) -> tuple[frozenset[str], int]:
+    """Give the records that any rank needs, and the bytes that all of them have moved."""
+    wanted, counts = zip(*ranks.agree((needed, moved)), strict=True)
+    return frozenset().union(*wanted), sum(counts)
 
 
 def _swap_bytes(archive: Archive, storages: Mapping[str, torch.UntypedStorage]) -> None:

@@ -43,8 +43,9 @@ from _anemoi_ckpt.formats.torch_zip import (
 )
 from _anemoi_ckpt.formats.torchscript import is_torchscript, read_torchscript
 from _anemoi_ckpt.parallel import in_parallel
-from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, parse_uri, sibling
+from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, sibling
 from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
+from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
 from _anemoi_ckpt.transport import Source, Transport
@@ -94,7 +95,8 @@ def opened(
     def at(uri: URI) -> URI:
         if not transport.cached:
             return uri
-        return parse_uri(download_to_cache(Transfer(uri, transport, progress, fresh=fresh)))
+        copy = download_to_cache(Transfer(uri, transport, progress, fresh=fresh))
+        return LocalURI(uri.text, str(copy))  # errors name the place as it was given
 
     first = at(place)
 

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from _anemoi_ckpt.alignment import Alignment
+from _anemoi_ckpt.calls import brief
 
 _P = ParamSpec("_P")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -70,6 +71,7 @@ class Step:
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             vars(self)[name] = getattr(named, name)
 
+    @brief
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
         return self.function(*args, **kwargs)
@@ -94,6 +96,7 @@ def factory(build: Callable[_P, Callable[[Any], Any]]) -> Callable[_P, Step]:
     """Decorate a function that builds strategies, so that it returns them as steps."""
 
     @no_strategy
+    @brief
     @functools.wraps(build)
     def build_step(*args: _P.args, **kwargs: _P.kwargs) -> Step:
         strategy = build(*args, **kwargs)
@@ -209,15 +212,32 @@ def _advice(function: Any) -> str:
         untyped = [each.replace(annotation=each.empty) for each in parameters]
         call = f"{whole.__name__}{inspect.Signature(untyped)}"
         return f"call {whole.__name__} before you pass it on, as {call}"
-    if isinstance(function, torch.nn.Module):
-        return "a model is not one; load_into(model, uri) loads into a model"
-    if isinstance(function, torch.device | Mapping):
+    if _is_location(function):
         return "load gives tensors on the CPU, and load_into keeps the model's device"
-    if isinstance(function, list | tuple):
-        return "pass them one by one, not in a list"
-    if isinstance(function, str):
-        return f"{function!r} is text; those of the module strategies are written without quotes"
+    for kind, advice in _NO_STRATEGIES:
+        if isinstance(function, kind):
+            return advice.format(function)
     return "" if callable(function) else f"{_shown(function)} is not a function"
+
+
+_NO_STRATEGIES: tuple[tuple[Any, str], ...] = (
+    (torch.nn.Module, "a model is not one; load_into(model, uri) loads into a model"),
+    (Mapping, "a dict is not one; filter_shapes(state_dict) leaves what does not fit one"),
+    (torch.dtype, "cast({!r}) makes one of a dtype"),
+    (list | tuple, "pass them one by one, not in a list"),
+    (bool, "{0!r} is an option's value: options are given by name, as trust={0!r}"),
+    (str, "{!r} is text; those of the module strategies are written without quotes"),
+)
+
+
+def _is_location(value: Any) -> bool:
+    """Tell whether this is what `torch.load` takes as its map_location."""
+    if isinstance(value, Mapping):
+        return all(isinstance(each, str | torch.device) for each in (*value, *value.values()))
+    try:
+        return isinstance(value, str | torch.device) and bool(torch.device(value))
+    except RuntimeError:  # a text that names no device
+        return False
 
 
 # ── functions that take strategies ────────────────────────────────────────────────────────────

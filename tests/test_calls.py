@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import pickle
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,7 +97,11 @@ def test_the_call_to_write_is_shown(path: Path) -> None:
         (None, "None is not a function"),
         (nn.Linear(1, 1), r"load_into\(model, uri\) loads into a model"),
         (torch.device("cpu"), "load gives tensors on the CPU"),
+        ("cuda:1", "load gives tensors on the CPU"),
         ({"cuda:0": "cpu"}, "load gives tensors on the CPU"),
+        ({"weight": torch.ones(1)}, r"a dict is not one; filter_shapes\(state_dict\)"),
+        (torch.float16, r"cast\(torch.float16\) makes one"),
+        (True, "options are given by name, as trust=True"),
     ],
 )
 def test_what_is_no_function(path: Path, strategy: Any, told: str) -> None:
@@ -107,6 +113,25 @@ def test_what_is_no_function(path: Path, strategy: Any, told: str) -> None:
         compose(strategy, load)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        (peek, "peek is none; call it by itself"),
+        (load, "load is none; call it by itself"),
+        (lambda: 1, r"<lambda> is none; its arguments are \(\) \(too many"),
+        (lambda c, factor: c, r"its arguments are \(c, factor\) \(missing .*'factor'"),
+    ],
+)
+def test_what_is_no_function_of_a_checkpoint(path: Path, strategy: Any, told: str) -> None:
+    for call in (load, functools.partial(load_into, nn.Linear(1, 1))):
+        with pytest.raises(TypeError, match=told):
+            call(path, strategy)
+
+
+def test_functions_that_tell_nothing_of_their_arguments_are_run(path: Path) -> None:
+    assert load(path, dict)["epoch"] == CHECKPOINT["epoch"]
+
+
 def test_nothing_is_asked_of_the_place(http_server: servers.HTTPServer) -> None:
     uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
     http_server.reset()
@@ -115,8 +140,12 @@ def test_nothing_is_asked_of_the_place(http_server: servers.HTTPServer) -> None:
         lambda: load(uri, "weights"),  # type: ignore[arg-type] # the case
         lambda: load_into(uri, nn.Linear(1, 1)),  # type: ignore[arg-type] # the case
         lambda: load(uri, map_location="cpu"),  # type: ignore[call-arg] # the case
+        lambda: load(uri, progress=3),  # type: ignore[arg-type] # the case
+        lambda: load(uri, lambda: 1),  # type: ignore[arg-type, misc] # the case
+        lambda: load_into(nn.Linear(1, 1), uri, optimizer="adam"),
+        lambda: load(uri, timeout=0),
     ):
-        with pytest.raises(TypeError):
+        with pytest.raises((TypeError, ValueError)):
             call()
     assert http_server.log == []
 
@@ -185,9 +214,69 @@ def test_options_of_torch_load(
         call(path, **{option: None})
 
 
-def test_an_option_that_nobody_knows_is_pythons_error(path: Path) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'trsut'"):
-        load(path, trsut=True)  # type: ignore[call-arg] # the case
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("trsut", "load takes no trsut: do you mean trust?"),
+        ("strict", "load takes no strict: load_into does"),
+        ("dtype", r"load takes no dtype: the strategy cast\(dtype\)"),
+        ("cache_dir", "cached=True keeps a copy in the folder that ANEMOI_CKPT_CACHE names"),
+        ("zzz", "unexpected keyword argument 'zzz'"),
+    ],
+)
+def test_an_option_that_load_does_not_take(path: Path, option: str, told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        load(path, **{option: True})  # type: ignore[arg-type] # the case
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("trust", "Foo", "trust of load_into is True, False, or a list of classes, not 'Foo'"),
+        ("trust", None, "not None"),
+        ("trust", dict, "not <class 'dict'>"),
+        ("cached", "/tmp/copies", "ANEMOI_CKPT_CACHE names the folder of the copies"),
+        ("group", "nccl", "group of load_into is a process group"),
+        ("retries", "3", "retries of load_into is a whole number, not '3'"),
+        ("retries", True, "not True"),
+        ("retries", -1, "retries of load_into is 0 or more, not -1"),
+        ("timeout", "5", "timeout of load_into is seconds, or None, not '5'"),
+        ("timeout", False, "not False"),
+        ("timeout", 0, "timeout of load_into is more than 0 seconds, not 0"),
+        ("transport_params", "x", "transport_params of load_into is a dict"),
+        ("progress", "yes", "progress of load_into is None, True, False or a function"),
+        ("strict", "yes", "strict of load_into is True or False, not 'yes'"),
+        ("require", "all", "require of load_into is a share from 0 to 1, not 'all'"),
+        ("require", True, "not True"),
+        ("require", 1.5, "require of load_into is a share from 0 to 1, not 1.5"),
+        ("require", -0.5, "not -0.5"),
+        ("optimizer", "adam", "optimizer of load_into has a load_state_dict, unlike 'adam'"),
+        ("optimizer", torch.optim.Adam, "unlike <class"),
+        ("scheduler", [3], "scheduler of load_into has a load_state_dict, unlike 3"),
+    ],
+)
+def test_a_value_that_no_option_has(path: Path, option: str, value: Any, told: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=told):
+        load_into(nn.Linear(1, 1), path, **{option: value})
+
+
+@pytest.mark.parametrize("option", ["resume", "sha256"])
+def test_a_value_that_no_option_of_download_has(path: Path, option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} of download is .*, not 3"):
+        download(path, path.with_name("copy"), **{option: 3})  # type: ignore[arg-type] # the case
+
+
+def test_flags_of_numpy_are_flags(path: Path) -> None:
+    assert load(path, cached=np.False_, progress=np.False_)["epoch"] == CHECKPOINT["epoch"]
+    with pytest.raises(TypeError, match="arrays of metadata is True or False, not 1"):
+        metadata(path, arrays=1)  # type: ignore[arg-type] # the case
+
+
+def test_save_takes_the_checkpoint_first(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="save takes the checkpoint first"):
+        save(str(tmp_path / "a.ckpt"), {"a": 1})  # type: ignore[arg-type] # the case
+    save("a text", tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt") == "a text"
 
 
 def test_the_model_comes_first(path: Path) -> None:
@@ -200,8 +289,30 @@ def test_the_model_comes_first(path: Path) -> None:
 @pytest.mark.parametrize("place", [None, 3, nn.Linear(1, 1), b"last.ckpt", ["last.ckpt"]])
 def test_what_is_no_place(place: Any) -> None:
     for call in (load, peek, metadata, download, parse_uri):
-        with pytest.raises(TypeError, match=f"such as .*last.ckpt', not {type(place).__name__}$"):
+        with pytest.raises(TypeError, match=f"such as .*last.ckpt', not {type(place).__name__}"):
             call(place)
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (None, "NoneType: is a variable"),
+        (b"last.ckpt", "bytes: os.fsdecode"),
+        (["last.ckpt"], "list: give one place"),
+        (weights, "function: the place comes first, and then the strategies"),
+        (3, "int$"),
+    ],
+)
+def test_what_to_do_with_what_is_no_place(path: Path, place: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=f"not {told}"):
+        load(place, path)  # type: ignore[arg-type] # the case
+    with pytest.raises(TypeError, match=f"not {told}"):
+        load_into(nn.Linear(1, 1), place)
+
+
+def test_an_open_file_cannot_be_written_to() -> None:
+    with pytest.raises(TypeError, match="not BytesIO: give the path of an open file"):
+        save({}, io.BytesIO())  # type: ignore[arg-type] # the case
 
 
 def test_a_module_serves_as_a_checkpoint(path: Path) -> None:
@@ -435,8 +546,73 @@ def test_a_users_own_error_keeps_its_frames(path: Path) -> None:
 
     with pytest.raises(KeyError) as caught:
         load(path, fail)
-    assert [entry.name for entry in caught.traceback][-1] == "fail"
+    assert [entry.name for entry in caught.traceback][1:] == ["fail"]  # and none of ours
     assert caught.value.__notes__ == [f"while loading {path}"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: load(path, cast),
+        lambda path: load(path, map_location="cpu"),
+        lambda path: load(path, forget),
+        lambda path: load(3),  # type: ignore[arg-type] # the case
+        lambda path: cast("float16"),  # type: ignore[arg-type] # the case
+        lambda path: include(),
+        lambda path: rename("(", ")"),
+        lambda path: load(path, undefined),  # type: ignore[name-defined] # noqa: F821 - the case
+    ],
+)
+def test_a_refused_argument_takes_few_lines(path: Path, call: Callable[[Path], Any]) -> None:
+    with pytest.raises((TypeError, ValueError, NameError)) as caught:
+        call(path)
+    assert {entry.path for entry in caught.traceback} == {Path(__file__)}
+    assert len("".join(traceback.format_exception(caught.value)).splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: compose(cast, load),
+        lambda path: pipe(path, load, "weights"),
+        compose(include("c"), load),
+        compose(include("a"), forget, load),
+        lambda path: pipe(path, load, forget, include("c")),
+        lambda path: include("c")(CHECKPOINT),
+    ],
+)
+def test_a_composition_hides_our_frames_as_well(path: Path, call: Callable[[Path], Any]) -> None:
+    with pytest.raises((TypeError, CheckpointError)) as caught:
+        call(path)
+    assert {entry.path for entry in caught.traceback} == {Path(__file__)}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [weights, include("a"), drop_optimizer, compose(load, weights), compose(load, include("a"))],
+)
+def test_a_place_is_no_checkpoint(path: Path, call: Callable[[Any], Any]) -> None:
+    for place in (path, str(path)):
+        with pytest.raises(MismatchError, match=r"is where one is: load\(place, strategy\)"):
+            call(place)
+    with pytest.raises(MismatchError, match="'https://host/a\\?sig=\\*\\*\\*'"):
+        call("https://host/a?sig=secret")
+
+
+def test_an_error_of_our_own_code_keeps_its_frames(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("_anemoi_ckpt.loading.trusted", None)
+    with pytest.raises(TypeError) as caught:
+        load(path)
+    assert [entry.name for entry in caught.traceback][-1] == "checked_steps"
+
+
+def test_an_error_of_a_package_that_we_called_keeps_its_frames(
+    path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("_anemoi_ckpt.loading.trusted", json.loads)
+    with pytest.raises(TypeError) as caught:
+        load(path, trust=[])
+    assert [entry.name for entry in caught.traceback][-2:] == ["checked_steps", "loads"]
 
 
 def test_causes_keep_their_messages_and_a_circle_of_them_ends() -> None:

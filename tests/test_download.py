@@ -638,6 +638,61 @@ def test_a_cached_copy_that_was_damaged_is_fetched_anew(http_server) -> None:
     assert path.read_bytes() == DATA
 
 
+@pytest.mark.parametrize("to", ["s3://bucket/a.ckpt?sig=secret", "hf://me/it/a.ckpt"])
+def test_a_download_is_to_this_machine(http_server, to: str) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    with pytest.raises(ValueError, match=r"not '.*a\.ckpt.*'.*anemoi-ckpt copy") as caught:
+        download(uri, to)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TypeError, match="not int"):
+        download(uri, 3)  # type: ignore[arg-type] # the case
+    assert http_server.log == []
+
+
+def test_a_file_to_write_may_be_a_url(http_server, tmp_path: Path) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    assert download(uri, f"file://{tmp_path}/copy%20of.ckpt") == tmp_path / "copy of.ckpt"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /proc")
+def test_a_folder_that_no_file_can_be_created_in(http_server) -> None:
+    uri = http_server.put("a.ckpt", DATA)
+    with pytest.raises(CheckpointError, match="it cannot be written"):
+        download(uri, "/proc/a.ckpt")  # even by root
+
+
+class Refusing:
+    """Raises when it is rebuilt."""
+
+    def __init__(self) -> None:
+        """Have a state, so that it is set."""
+        self.x = 1
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuse it."""
+        raise ValueError("not today")
+
+
+@pytest.mark.parametrize("trust", [True, [Refusing]])
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_error_of_trusted_code_leaves_the_cached_copy(
+    http_server, monkeypatch, trust: Any, missing: bool
+) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({"w": torch.ones(3), "odd": Refusing()}))
+    path = download(uri)
+    before = path.read_bytes(), path.stat().st_ino
+    if missing:
+        monkeypatch.delattr(sys.modules[__name__], "Refusing")
+        trust = True  # a list would have the class
+    http_server.log.clear()
+    with pytest.raises(CheckpointError) as caught:
+        load(uri, cached=True, trust=trust)
+    assert caught.value.place == uri  # and not the copy
+    assert ("cannot be imported" if missing else "not today") in str(caught.value)
+    assert len(http_server.log) == 1
+    assert (path.read_bytes(), path.stat().st_ino) == before
+
+
 def test_the_cache_is_listed_and_cleared(http_server, capsys, tmp_path: Path) -> None:
     def shown(*arguments: str) -> str:
         assert main(["cache", *arguments]) == 0

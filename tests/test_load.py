@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import _anemoi_ckpt.fetching
@@ -29,6 +29,7 @@ import _anemoi_ckpt.transport
 import anemoi_ckpt
 import needs
 import servers
+from _anemoi_ckpt.formats import Record
 from anemoi_ckpt import (
     CheckpointError,
     CorruptError,
@@ -293,6 +294,41 @@ def test_frugality(stored, http_server: servers.HTTPServer, strategy) -> None:
     http_server.log.clear()
     assert_same(compose(strategy, load)(uri), result)
     assert http_server.bytes_sent <= fused
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.sampled_from((1, 60, 500, 4_000, 30_000, 150_000)), min_size=1, max_size=80),
+    chosen=st.integers(0, 2**80 - 1),
+)
+def test_whatever_lies_between_what_is_needed(http_server, sizes, chosen: int) -> None:
+    uri = http_server.put(
+        "a.ckpt", as_bytes({n: torch.zeros(size) for n, size in enumerate(sizes)})
+    )
+    http_server.log.clear()
+    result = load(uri, lambda c: {n: tensor for n, tensor in c.items() if chosen >> n & 1})
+    assert http_server.bytes_sent <= storage_bytes(result) * 1.02 + 1024**2
+
+
+def test_every_second_of_many_records(http_server) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({n: torch.ones(256) for n in range(2000)}))
+    result = load(uri, lambda c: {n: tensor for n, tensor in c.items() if n % 2})
+    assert http_server.bytes_sent <= storage_bytes(result) * 1.02 + 1024**2
+    assert len(http_server.log) < 500  # 1,000 if no gap were read over; the law allows no fewer
+
+
+def test_a_large_gap_is_not_read_over(http_server) -> None:
+    data = {n: torch.ones(100_000 if n % 2 else 1) for n in range(6)}
+    uri = http_server.put("a.ckpt", as_bytes(data))
+    load(uri, lambda c: {n: tensor for n, tensor in c.items() if not n % 2})
+    assert http_server.bytes_sent < 3 * 64 * 1024
+
+
+def test_a_directory_that_takes_more_than_a_load_may_spare(http_server, monkeypatch) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({n: torch.ones(256) for n in range(200)}))
+    monkeypatch.setattr(_anemoi_ckpt.fetching, "SPARE_BYTES", 100_000)  # thousands of records
+    load(uri, lambda c: {n: tensor for n, tensor in c.items() if n % 2})
+    assert len(http_server.log) < 50
 
 
 def test_computing_needs_what_it_computes_with_and_no_more(stored, http_server) -> None:
@@ -781,6 +817,14 @@ def test_a_failure_drops_what_is_not_begun(stored, http_server, monkeypatch) -> 
         if thread.name.startswith("anemoi-ckpt"):
             thread.join(10)
     assert len(http_server.log) < 60  # of 240
+
+
+def test_what_memory_has_no_room_for(http_server) -> None:
+    source = _anemoi_ckpt.transport.Source(parse_uri(f"{http_server.url}/a.ckpt?sig=secret"))
+    records = {"0": Record("data/0", 0, 0, 2**60, None)}
+    with pytest.raises(MemoryError, match=r"sig=\*\*\*: there is no memory for the 115292150"):
+        _anemoi_ckpt.fetching.fetched(source, records)
+    assert http_server.log == []
 
 
 def test_memory_does_not_outlive_its_view_nor_the_view_its_memory() -> None:

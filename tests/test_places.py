@@ -202,6 +202,31 @@ def test_no_secret_shows(text: str) -> None:
     assert "hunter2" not in str(CheckpointError(uri, f"GET {text}", "try again"))
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "hf", "file", "https", "runs"])
+def test_no_field_of_a_place_shows_a_signature(scheme: str) -> None:
+    shown = repr(
+        parse_uri(
+            f"{scheme}:///a/b/c.ckpt?sig=hunter2"
+            if scheme == "file"
+            else f"{scheme}://a/b/c.ckpt?sig=hunter2"
+        )
+    )
+    assert "hunter2" not in shown
+    assert "c.ckpt?sig=***" in shown
+
+
+def test_a_kind_of_place_may_have_a_repr_of_its_own() -> None:
+    class Named(URI):
+        def __repr__(self) -> str:
+            return "mine"
+
+    class Plain(URI):
+        pass
+
+    assert repr(Named("a")) == "mine"
+    assert repr(Plain("a?sig=hunter2")).endswith("Plain(text='a?sig=***')")
+
+
 def test_no_secret_shows_in_a_log_or_a_cause(
     http_server: servers.HTTPServer, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:

@@ -50,7 +50,7 @@ class URI:
     ``str(uri)`` is the text it was parsed from, secrets included; ``repr(uri)`` hides them.
     """
 
-    text: str = field(repr=lambda text: repr(redact(text)))
+    text: str
 
     connections: ClassVar[int] = CONNECTIONS
     path_field: ClassVar[str] = "text"  # which field ends with the file's name
@@ -61,6 +61,17 @@ class URI:
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Give each kind of place this repr: attrs keeps one that is there."""
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = URI.__repr__  # type: ignore[method-assign] # for each subclass
+
+    def __repr__(self) -> str:
+        """Show all fields, without secrets: a signature may stand in a key or path, too."""
+        shown = [each.name for each in fields(type(self)) if each.repr]
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return redact(f"{type(self).__name__}({values})")
 
     @property
     def filename(self) -> str:
@@ -100,8 +111,8 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
         return place
     if not isinstance(place, str | os.PathLike):
         raise TypeError(
-            f"where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"
-            f" {type(place).__name__}"
+            "where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"
+            f" {type(place).__name__}{_advice(place)}"
         )
     text = os.fspath(place)
     match = _SCHEME.fullmatch(text) if isinstance(place, str) else None
@@ -120,6 +131,21 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
         raise
     except ValueError as err:  # such as an IPv6 address without its closing bracket
         raise InvalidURIError(text, f"no URL ({err})", "check it for typing errors") from None
+
+
+def _advice(place: Any) -> str:
+    """Tell what to do with what is no place."""
+    if place is None:
+        return ": is a variable of the configuration or the environment unset?"
+    if isinstance(place, bytes):
+        return ": os.fsdecode makes a text of a path"
+    if hasattr(place, "read"):
+        return ": give the path of an open file, or write its bytes to a file"
+    if isinstance(place, list | tuple):
+        return ": give one place, such as the index of a checkpoint in several files"
+    if callable(place):
+        return ": the place comes first, and then the strategies"
+    return ""
 
 
 def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
