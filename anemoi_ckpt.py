@@ -46,6 +46,7 @@ from _anemoi_ckpt.errors import (
     UnreachableError,
     UnsafeCheckpointError,
 )
+from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, loaded
 from _anemoi_ckpt.matching import Terms, matched, tracked
@@ -81,6 +82,7 @@ from _anemoi_ckpt.planning import Strategy, applied
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
+from _anemoi_ckpt.resuming import find_hook
 from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.steps import takes_strategies
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
@@ -585,6 +587,11 @@ def load_into(  # noqa: PLR0913 - by keyword
     all that the checkpoint has there). Tensors of the model keep their dtype and device, tied ones
     stay tied; a model on the meta device gets its tensors on the CPU.
 
+    Where a strategy goes on with training (`keep_progress`, and `warm_start`, which contains it),
+    the model's own `on_load_checkpoint` is called as Lightning calls it: with the checkpoint that
+    the strategies gave (a copy, with the states of optimizers and schedulers that are asked for),
+    before the weights are loaded. What it leaves under ``state_dict`` is loaded.
+
     Args:
         model: what to load into.
         checkpoint: where it is, or a checkpoint, state dict or module that was loaded before.
@@ -626,7 +633,8 @@ def load_into(  # noqa: PLR0913 - by keyword
     check = functools.partial(checked, "load_into", strategies, trust)
     receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
     held, place = _held_or_placed(checkpoint)
-    terms = Terms(place.text, strict, require, owned=held is None)
+    hook = find_hook(model, strategies)
+    terms = Terms(place.text, strict, require, owned=held is None, hook=hook)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
     transport = Transport(transport_params, retries, timeout, cached, group)
@@ -641,6 +649,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     else:
         with joined(transport, place, "into a model") as ranks:
             match = put(ranks)
+    mark_loaded(model)
     found = evolve(found, result=match)
     return reported(place.text, model, found, time.perf_counter() - begun)
 

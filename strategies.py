@@ -61,6 +61,7 @@ from _anemoi_ckpt.globs import choose
 from _anemoi_ckpt.ordering import align_where_known, aligner, refuse_misplaced
 from _anemoi_ckpt.processors import read_processors, refresh
 from _anemoi_ckpt.renaming import rename_entries
+from _anemoi_ckpt.resuming import resuming
 from _anemoi_ckpt.steps import (
     Call,
     Step,
@@ -744,10 +745,12 @@ def reset_progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return like(kept, {key: 0 if key in COUNTS.keys else value for key, value in kept.items()})
 
 
+@resuming
 def keep_progress(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Keep everything, and refuse a checkpoint that training cannot go on from.
 
-    To go on, training needs an epoch or a step, and the state of an optimizer.
+    To go on, training needs an epoch or a step, and the state of an optimizer. Behind it,
+    `load_into` calls the model's own `on_load_checkpoint`, as Lightning does.
 
     Raises:
         TypeError: the checkpoint is not a dict.
@@ -1005,7 +1008,8 @@ def warm_start(model: Model) -> Strategy:
     """Load everything to go on with training: the weights match the model, and progress is kept.
 
     Where a checkpoint has averaged weights and those being trained, it goes on from the latter, as
-    `training_weights` gives them.
+    `training_weights` gives them. `load_into` calls the model's own `on_load_checkpoint`, as for
+    `keep_progress`.
 
     Raises:
         TypeError: the model is neither a module nor a dict; (the strategy) the checkpoint is not a

@@ -13,7 +13,8 @@ standard library alone, since `strategies` stands on it.
 - ``opening``, ``fetching``: a place → an open checkpoint; its records → storages, checked.
 - ``cache``, ``downloading``: whole files, to a disk.
 - ``blocks``: a file whose first and last bytes came at once, which reads on from there.
-- ``installing``, ``matching``: a state dict → a model, all of it or nothing.
+- ``installing``, ``matching``: a state dict → a model, all of it or nothing; ``hooks``: what else
+  its own hook takes from a checkpoint.
 - ``ranks``: many processes of one job, which read each byte once.
 - ``parallel``, ``transport``, ``threads``, ``progress``: many ranges at once, and one policy of
   retries, in threads that a Ctrl-C ends.
@@ -24,11 +25,11 @@ standard library alone, since `strategies` stands on it.
 - ``tables``: how results print.
 - ``unpacking``: how much may come of compressed bytes.
 - ``aliases``: where `import anemoi_ckpt.strategies` finds the module.
-- Ground floor: ``ordering`` (strategies that align variables, or refuse another order), ``steps``
-  (what a strategy tells of itself), ``aligning`` and ``alignment`` (weights follow their
-  variables), ``combining`` (means and unions of state dicts), ``processors`` (the statistics in
-  Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what strategies
-  share), ``tensors`` (new values in a state dict), ``globs`` (how names are chosen), ``anatomy``
-  (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what
-  differs between versions of torch and Python), ``errors``.
+- Ground floor: ``ordering`` (strategies that align variables, or refuse another order),
+  ``resuming`` and ``steps`` (what a strategy tells of itself), ``aligning`` and ``alignment``
+  (weights follow their variables), ``combining`` (means and unions of state dicts), ``processors``
+  (the statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments``
+  (what strategies share), ``tensors`` (new values in a state dict), ``globs`` (how names are
+  chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run
+  over), ``compat`` (what differs between versions of torch and Python), ``errors``.
 """

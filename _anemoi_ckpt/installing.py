@@ -12,7 +12,6 @@ install · model · receivers · shards
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from math import inf
@@ -24,6 +23,7 @@ from attrs import frozen
 from _anemoi_ckpt.anatomy import is_extra_state
 from _anemoi_ckpt.compat import FILLS_MIXED_DEVICES, has_own_memory
 from _anemoi_ckpt.errors import CheckpointError, MismatchError
+from _anemoi_ckpt.hooks import STATES, call_hook, put_back
 from _anemoi_ckpt.matching import (
     Dtypes,
     Match,
@@ -68,13 +68,38 @@ def install(
     """
     take = _take_shards if any(map(is_sharded, model.parameters())) else _take
     with ExitStack() as undo:
-        act = functools.partial(take, model, match, receivers, terms, undo)
+
+        def act() -> _Taken:
+            return take(model, _hooked(model, match, terms, undo), receivers, terms, undo)
+
         taken = act() if ranks is None else ranks.together(act)
         undo.pop_all()
     with torch.no_grad():
         for old, new in taken.copies:
             old.copy_(new)
     return taken.match
+
+
+def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack) -> Match:
+    """Have the model's own hook see the checkpoint, where a strategy resumes training.
+
+    Raises:
+        MismatchError: the hook raised.
+    """
+    if terms.hook is None:
+        return match
+    states = {STATES[kind]: list(several) for kind, several in match.states.items()}
+    checkpoint = {**match.rest, "state_dict": match.fitting, **states}
+    try:
+        whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
+    except Exception as err:
+        raise MismatchError(
+            terms.place,
+            f"the model's on_load_checkpoint refused it ({type(err).__name__}: {err})",
+            "leave out keep_progress and warm_start to load without that hook",
+        ) from err
+    states = {kind: whole[STATES[kind]] for kind in match.states}
+    return match._replace(fitting=whole["state_dict"], states=states)
 
 
 _Copy = tuple[torch.Tensor, torch.Tensor]  # into, from
@@ -179,7 +204,7 @@ def _assign(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         written = not assign or is_below(prefixes, name)
         if written and not torch.nn.parameter.is_lazy(tensor):
-            undo.callback(_put_back, tensor, tensor.detach().clone())
+            undo.callback(put_back, tensor, tensor.detach().clone())
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in filter(is_extra_state, values):
         module = modules.get(name.rpartition(".")[0])
@@ -212,13 +237,6 @@ def _as_before(tensor: torch.Tensor) -> torch.Tensor:
         return copy.deepcopy(tensor)
     kind: Any = torch.nn.parameter.UninitializedBuffer  # untyped
     return cast(torch.Tensor, kind(device=tensor.device, dtype=tensor.dtype))
-
-
-def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad():
-        if tensor.shape != values.shape:  # an observer takes the checkpoint's size
-            tensor.resize_(values.shape)
-        tensor.copy_(values)
 
 
 def _detached(value: Any) -> Any:
@@ -256,7 +274,7 @@ def _settle(slots: list[_Slot], undo: ExitStack) -> list[_Copy]:
             before = old.detach().clone()
             with torch.no_grad():
                 old.copy_(new)
-            undo.callback(_put_back, old, before)
+            undo.callback(put_back, old, before)
     return copies
 
 

@@ -88,6 +88,7 @@ class Terms:
     strict: bool = False
     require: float = 0.0  # least share of the model's values
     owned: bool = False  # whether nobody else has the checkpoint's tensors
+    hook: Callable[[Any], Any] | None = None  # the model's own, which may change the state dict
 
 
 def tracked(strategies: Sequence[Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
@@ -159,7 +160,7 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
         )
     more = checkpoint if path else {}  # what is no bare state dict, and no pickled module
     model_tensors = tensors_of(model)
-    prefixes = loading_prefixes(model)
+    prefixes = loading_prefixes(model) if terms.hook is None else frozenset({""})
     fitting = _fitting(place, state_dict, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
     renamed = _renamed(original, state_dict)
