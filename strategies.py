@@ -55,6 +55,7 @@ from _anemoi_ckpt.arguments import (
 )
 from _anemoi_ckpt.combining import average_state_dicts, merge_state_dicts
 from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_of
+from _anemoi_ckpt.describing import in_units_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.freezing import set_requires_grad
 from _anemoi_ckpt.globs import choose
@@ -850,13 +851,14 @@ def require_variables(
 
 
 @factory
-def align_variables(
+def align_variables(  # noqa: PLR0913 - by keyword
     source: Any = None,
     target: Any = None,
     layout: Mapping[str, Any] | None = None,
     *,
     model: Model | None = None,
     new: Literal["model", "zeros"] | Mapping[str, str] = "model",
+    units: Mapping[str, float] | None = None,
 ) -> Strategy:
     """Put the weights into the order of other variables: each variable keeps its slices.
 
@@ -888,12 +890,17 @@ def align_variables(
         new: ``"model"``; ``"zeros"``, so that a new variable has no influence at first; or a dict:
             for a new variable either of these, or the name of the checkpoint's variable whose
             slices it gets a copy of (``{"t_925": "t_850"}``). Others then get ``"model"``.
+        units: for a variable in another unit than the model's, how many of the model's units one of
+            the checkpoint's is (``{"tp": 1000}`` from m to mm). Its factor in the normalisers of
+            Anemoi's processors is divided by that, and averaged weights are dropped. If both sides
+            know the units, and they are equal, nothing is scaled, so that this is done once.
 
     Raises:
-        TypeError: variables, layout, model or `new` are of another kind.
+        TypeError: variables, layout, model, `new` or `units` are of another kind.
         ValueError: one of them does not fit the others; (the strategy) the checkpoint has no
-            variables, a glob chooses nothing, or a tensor's size does not agree with the layout,
-            for which the error shows the sum.
+            variables, both sides know the units of a variable, these differ and `units` has no
+            factor for it, a glob chooses nothing, or a tensor's size does not agree with the
+            layout, for which the error shows the sum.
 
     >>> layout = {"encoder.weight": {1: ["all", 1]}}
     >>> align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")
@@ -902,7 +909,7 @@ def align_variables(
 
     See Also: anemoi_layout, variables, require_variables, transfer_learning
     """
-    return aligner(source, target, layout, model, new)
+    return aligner(source, target, layout, model, new, {} if units is None else units)
 
 
 @factory
@@ -932,7 +939,8 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
     processors = read_processors(
         state_dict_of("refresh_processors", model), tendencies=tendencies, states=states
     )
-    return on_weights(functools.partial(refresh, processors=processors))
+    refreshed = on_weights(functools.partial(refresh, processors=processors))
+    return in_units_of(model, refreshed) if states else refreshed
 
 
 # ── recipes ───────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,8 @@ standard library alone, since `strategies` stands on it.
   ``resuming`` and ``steps`` (what a strategy tells of itself), ``aligning`` and ``alignment``
   (weights follow their variables), ``combining`` (means and unions of state dicts), ``processors``
   (the statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments``
-  (what strategies share), ``tensors`` (new values in a state dict), ``globs`` (how names are
-  chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run
-  over), ``compat`` (what differs between versions of torch and Python), ``errors``.
+  (what strategies share), ``describing`` (what Anemoi's metadata say of variables), ``tensors``
+  (new values in a state dict), ``globs`` (how names are chosen), ``anatomy`` (where a checkpoint
+  keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what differs between
+  versions of torch and Python), ``errors``.
 """

@@ -29,6 +29,7 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
+from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.errors import MismatchError
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
@@ -55,6 +56,7 @@ class Original:
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
     alignment: Alignment  # with other variables, so far
+    units: Units  # of the variables, as the last checkpoint that knew them had them
 
 
 @frozen
@@ -106,7 +108,8 @@ def _begin(checkpoint: Any) -> Tracked:
     names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     variables = read_checkpoint(checkpoint)
-    return Tracked(checkpoint, Original(shapes, names, variables, Alignment({}, {})))
+    units = read_units(checkpoint)
+    return Tracked(checkpoint, Original(shapes, names, variables, Alignment({}, {}), units))
 
 
 def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
@@ -114,7 +117,9 @@ def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
     original = tracked.original
     if alignment is not None:
         original = _realigned(original, alignment(tracked.checkpoint))
-    return Tracked(run(strategy, tracked.checkpoint), original)
+    result = run(strategy, tracked.checkpoint)
+    units = read_units(result) or original.units
+    return Tracked(result, original if units == original.units else evolve(original, units=units))
 
 
 def _realigned(original: Original, alignment: Alignment) -> Original:
@@ -163,6 +168,7 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
     prefixes = loading_prefixes(model) if terms.hook is None else frozenset({""})
     fitting = _fitting(place, state_dict, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
+    check_units(place, model, fitting, original.units)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
     excused = prefixes | _prefixes(model, has_post_hooks)  # which may fill what is missing

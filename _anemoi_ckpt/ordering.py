@@ -22,16 +22,19 @@ from _anemoi_ckpt.alignment import (
 from _anemoi_ckpt.anatomy import weights_of
 from _anemoi_ckpt.arguments import state_dict_of
 from _anemoi_ckpt.comparing import shapes_of
+from _anemoi_ckpt.describing import check_factors, check_units, read_units, rescaled
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.steps import Step, with_alignment
 from _anemoi_ckpt.variables import paired, read_checkpoint, read_model, read_variables
 
 
-def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step:
+def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
+    source: Any, target: Any, layout: Any, model: Any, new: Any, factors: Any
+) -> Step:
     """Build the strategy that `strategies.align_variables` gives, from the same arguments.
 
     Raises:
-        TypeError: variables, layout, model or `new` are of another kind.
+        TypeError: variables, layout, model, `new` or `units` are of another kind.
         ValueError: one of them does not fit the others.
     """
     if model is None and (target is None or layout is None):
@@ -41,6 +44,8 @@ def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step
     source_variables = {} if source is None else read_variables("align_variables", source)
     model_tensors = {} if model is None else state_dict_of("align_variables", model)
     check_new(new, target_variables)
+    check_factors(factors, target_variables)
+    units = read_units(model if target is None else target)
 
     def alignment(checkpoint: Any) -> Alignment:
         return find_alignment(
@@ -48,7 +53,9 @@ def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step
         )
 
     def aligned(checkpoint: Any) -> Any:
-        return align(checkpoint, alignment(checkpoint), model_tensors, new)
+        old = source_variables or read_checkpoint(checkpoint)
+        scaled = rescaled(checkpoint, old, target_variables, units, factors)
+        return align(scaled, alignment(checkpoint), model_tensors, new)
 
     return with_alignment(aligned, alignment)
 
@@ -73,7 +80,7 @@ def align_where_known(model: Any, new: Any) -> list[Step]:
                 " align_variables with a layout"
             )
         return []
-    aligning = aligner(None, None, layout, model, new)
+    aligning = aligner(None, None, layout, model, new, {})
     target = read_model(model)
     names = {name for dataset_layout in layout.values() for name in dataset_layout}
 
@@ -114,6 +121,7 @@ def refuse_misplaced(model: Any, strategy: Callable[[Any], Any]) -> Callable[[An
                 "put align_variables(model=model) before this strategy, with a layout if the model"
                 " is not one of anemoi-models",
             )
+        check_units(UNPLACED, model, fitting, read_units(checkpoint))
         return result
 
     return checked
