@@ -473,7 +473,7 @@ def save(
     checkpoint: Any,
     uri: str | os.PathLike[str] | URI,
     *,
-    metadata: str | os.PathLike[str] | URI | None = None,
+    metadata: str | os.PathLike[str] | URI | Mapping[str, Any] | tuple[Any, Any] | None = None,
     transport_params: Params = None,
 ) -> URI:
     """Write a checkpoint to any place, all or nothing, and give the place.
@@ -487,8 +487,10 @@ def save(
     Args:
         checkpoint: what `load` gave, or anything that `torch.save` takes.
         uri: where to. What is there stays until all is written.
-        metadata: a checkpoint to take Anemoi's metadata and supporting arrays from, if it has
-            any: they are no part of what `load` gives.
+        metadata: Anemoi's metadata to embed, as a dict, or as the pair of metadata and supporting
+            arrays that `metadata` gives; or a checkpoint to take both from, if it has any: they
+            are no part of what `load` gives. Where `align_variables` gave `checkpoint` other
+            variables, those of that checkpoint are replaced by them.
         transport_params: as for `load`.
 
     Raises:
@@ -502,20 +504,27 @@ def save(
     """
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
-    members = {} if metadata is None else _members(parse_uri(metadata), transport_params)
+    members = _members(checkpoint, metadata, transport_params)
     write_checkpoint(checkpoint, place, members, transport_params)
     return place
 
 
-def _members(uri: URI, params: Params) -> dict[str, Any]:
-    """Read the records of Anemoi's metadata from a checkpoint; none where it has none."""
+def _members(checkpoint: Any, metadata: Any, params: Params) -> dict[str, Any]:
+    """Make the records of Anemoi's metadata: those given, or a checkpoint's, if it has any."""
+    if metadata is None:
+        return {}
+    if isinstance(metadata, Mapping | tuple):
+        given, arrays = metadata if isinstance(metadata, tuple) else (metadata, {})
+        return _metadata.embedded_new(given, arrays)
+    uri = parse_uri(metadata)
     read = {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
     transport = Transport(read)
-    checkpoint = opened(locate(uri, transport), transport)
-    found = _metadata.find_metadata(checkpoint.archive)
+    source = opened(locate(uri, transport), transport)
+    found = _metadata.find_metadata(source.archive)
     if found is None:
         return {}
-    return _metadata.embedded(found, _metadata.read_array_bytes(checkpoint, found))
+    arrays = _metadata.read_array_bytes(source, found)
+    return _metadata.embedded(_metadata.brought_up_to_date(found, checkpoint), arrays)
 
 
 # ── plug in ───────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ of anemoi-models has it in its interface. Those from before datasets had names d
 
 Ground floor: `strategies` imports this module, so it imports torch and the standard library alone.
 
-read · units
+read · units · describe
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from _anemoi_ckpt.anatomy import (
-    AVERAGES,
-    TRAINED_WEIGHTS,
     like,
     path_to_weights,
     replaced,
     weights_of,
-    without,
+    without_averages,
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.tensors import change_tensors
-from _anemoi_ckpt.variables import Variables, few, paired
+from _anemoi_ckpt.variables import ROLES, Variables, few, paired
 
 Units = Mapping[str, Mapping[str, str]]  # by dataset and variable
+SECTIONS = ("dataset", "data_indices", "metadata_inference")  # of metadata: what has variables
+_PARTS = ("input", "output")  # of Anemoi's indices
 _NORMALISER = re.compile(
     r"(?:.*\.)?(?:pre|post)_processors(?:_tendencies)?\.(?P<dataset>[^.]+)\..*_norm_(?P<what>mul|add)"
 )
@@ -212,7 +212,7 @@ def rescaled(
 
     path = path_to_weights(checkpoint) or ()
     result = replaced(checkpoint, path, change_tensors(state_dict, chosen, scaled))
-    result = without(result, (AVERAGES, TRAINED_WEIGHTS)) if path else result
+    result = without_averages(result) if path else result
     return _with_units(result, units)
 
 
@@ -260,6 +260,132 @@ def _facts_in(entry: Mapping[str, Any], units: Mapping[str, str]) -> Any:
         return facts
     known = [name for name in units if _has_units(facts.get(name))]
     return {**facts, **{name: {**facts[name], "units": units[name]} for name in known}}
+
+
+# ── describe ──────────────────────────────────────────────────────────────────────────────────
+
+
+def with_variables(
+    checkpoint: Any, pairs: Mapping[str, tuple[Variables, Variables]], facts: Mapping[str, Any]
+) -> Any:
+    """Have a checkpoint's metadata describe the variables after an alignment.
+
+    Args:
+        checkpoint: the checkpoint, whose weights are aligned.
+        pairs: the variables of each dataset, before and after.
+        facts: the metadata of the model that has the new ones; empty if nobody knows any.
+    """
+    metadata = metadata_of(checkpoint)
+    if not pairs or not metadata:
+        return checkpoint
+    changed = {
+        section: _described(section, metadata[section], pairs, facts.get(section))
+        for section in SECTIONS
+        if isinstance(metadata.get(section), Mapping)
+    }
+    return _with_metadata(checkpoint, {**metadata, **changed})
+
+
+def names_in(metadata: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Give the names of the variables of each dataset that metadata describe, in their order."""
+    entries = _by_dataset(metadata.get("dataset")).items()
+    return {dataset: list(entry.get("variables") or ()) for dataset, entry in entries}
+
+
+def _described(
+    section: str,
+    before: Mapping[str, Any],
+    pairs: Mapping[str, tuple[Variables, Variables]],
+    facts: Any,
+) -> dict[str, Any]:
+    """Describe the new variables in one section."""
+    describe = {"dataset": _dataset, "data_indices": _indices, "metadata_inference": _inference}
+    known = _by_dataset(facts)
+    if section == "dataset":
+        is_single = _by_dataset(before).get("data") is before
+    else:  # Anemoi's indices are of the dataset and of the model, each with inputs and outputs
+        single = {"data_indices": ("data", "model"), "metadata_inference": ("data_indices",)}
+        is_single = all(
+            isinstance(before.get(part), Mapping) and {*_PARTS} <= before[part].keys()
+            for part in single[section]
+        )
+    if is_single:
+        (dataset, (_, new)) = next(iter(pairs.items()))
+        return describe[section](dict(before), new, known.get(dataset))
+    described = {name for name, entry in before.items() if isinstance(entry, Mapping)}
+    stale = described - pairs.keys() if len(described) == 1 else set()
+    old = {name: before.get(name) or before.get(next(iter(stale), ""), {}) for name in pairs}
+    entries = {
+        dataset: describe[section](dict(old[dataset]), new, known.get(dataset))
+        for dataset, (_, new) in pairs.items()
+    }
+    kept = {name: entry for name, entry in before.items() if name not in stale}
+    listed = {"dataset_names": list(pairs)} if stale and "dataset_names" in before else {}
+    return {**kept, **listed, **entries}
+
+
+def _dataset(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+    if known:
+        return dict(known)
+    names = _ordered(new)
+    facts = before.get("variables_metadata")
+    if isinstance(facts, Mapping):
+        kept = {name: facts[name] for name in names if name in facts}
+        before = {**before, "variables_metadata": kept}
+    shape = before.get("shape")  # dates, variables, members, points
+    if isinstance(shape, list | tuple) and len(shape) > 1:
+        before = {**before, "shape": [shape[0], len(names), *shape[2:]]}
+    return {**before, "variables": names}
+
+
+def _indices(_before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+    """Describe indices as ``IndexCollection.todict`` of anemoi-models does."""
+    if known:
+        return dict(known)
+    reads, predicts = _channels(new)
+    everything = dict(new.index)
+
+    def part(index: Mapping[str, int], names: Iterable[str]) -> dict[str, Any]:
+        roles = {role: getattr(new, role) for role in ROLES}
+        others = frozenset(index) - frozenset[str]().union(*roles.values())
+        listed = {"prognostic": others, **{role: roles[role] for role in ROLES}}
+        return {
+            **{
+                role: sorted(index[n] for n in found if n in index)
+                for role, found in listed.items()
+            },
+            "full": sorted(index[name] for name in names),
+            "name_to_index": dict(index),
+        }
+
+    return {
+        "data": {"input": part(everything, reads), "output": part(everything, predicts)},
+        "model": {"input": part(reads, reads), "output": part(predicts, predicts)},
+    }
+
+
+def _inference(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+    reads, predicts = _channels(new)
+    roles = {role: [name for name in _ordered(new) if name in getattr(new, role)] for role in ROLES}
+    some = {name for names in roles.values() for name in names}
+    types = {**roles, "prognostic": [name for name in _ordered(new) if name not in some]}
+    indices = {"input": reads, "output": predicts}
+    return {**before, **(known or {}), "data_indices": indices, "variable_types": types}
+
+
+def _ordered(variables: Variables) -> list[str]:
+    return sorted(variables.index, key=variables.index.__getitem__)
+
+
+def _channels(variables: Variables) -> tuple[dict[str, int], dict[str, int]]:
+    """Give the positions of variables among those that a model reads, and that it predicts."""
+    names = [name for name in _ordered(variables) if name not in variables.target]
+    reads = [name for name in names if name not in variables.diagnostic]
+    predicts = [name for name in names if name not in variables.forcing]
+    return (
+        {name: place for place, name in enumerate(reads)},
+        {name: place for place, name in enumerate(predicts)},
+    )
 
 
 def _with_metadata(checkpoint: Mapping[str, Any], metadata: Any) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from _anemoi_ckpt.alignment import (
 from _anemoi_ckpt.anatomy import weights_of
 from _anemoi_ckpt.arguments import state_dict_of
 from _anemoi_ckpt.comparing import shapes_of
-from _anemoi_ckpt.describing import check_factors, check_units, read_units, rescaled
+from _anemoi_ckpt.describing import (
+    check_factors,
+    check_units,
+    metadata_of,
+    read_units,
+    rescaled,
+    with_variables,
+)
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.steps import Step, with_alignment
 from _anemoi_ckpt.variables import paired, read_checkpoint, read_model, read_variables
@@ -46,6 +53,7 @@ def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
     check_new(new, target_variables)
     check_factors(factors, target_variables)
     units = read_units(model if target is None else target)
+    facts = metadata_of(model if target is None else target)
 
     def alignment(checkpoint: Any) -> Alignment:
         return find_alignment(
@@ -55,7 +63,8 @@ def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
     def aligned(checkpoint: Any) -> Any:
         old = source_variables or read_checkpoint(checkpoint)
         scaled = rescaled(checkpoint, old, target_variables, units, factors)
-        return align(scaled, alignment(checkpoint), model_tensors, new)
+        changes = alignment(checkpoint)
+        return with_variables(align(scaled, changes, model_tensors, new), changes.pairs, facts)
 
     return with_alignment(aligned, alignment)
 
