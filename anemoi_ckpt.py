@@ -19,7 +19,9 @@ import importlib.metadata
 import inspect
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
 from _anemoi_ckpt.calls import public
 from _anemoi_ckpt.contents import Contents, look_into
 from _anemoi_ckpt.downloading import Transfer, download_shared, download_to
+from _anemoi_ckpt.editing import replace_record
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     ChangedError,
@@ -118,6 +121,7 @@ __all__ = [
     "Version",
     "checkpoint_io",
     "download",
+    "edit_metadata",
     "latest",
     "list_objects",
     "list_page",
@@ -291,7 +295,7 @@ def metadata(
     """
     transport = Transport(transport_params, retries, timeout)
     checkpoint = opened(locate(uri, transport), transport)
-    found = _metadata.read_metadata(checkpoint)
+    found = _metadata.read_metadata(checkpoint.archive)
     return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
 
 
@@ -517,14 +521,74 @@ def _members(checkpoint: Any, metadata: Any, params: Params) -> dict[str, Any]:
         given, arrays = metadata if isinstance(metadata, tuple) else (metadata, {})
         return _metadata.embedded_new(given, arrays)
     uri = parse_uri(metadata)
-    read = {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
-    transport = Transport(read)
+    transport = Transport(_read_params(uri, params))
     source = opened(locate(uri, transport), transport)
     found = _metadata.find_metadata(source.archive)
     if found is None:
         return {}
     arrays = _metadata.read_array_bytes(source, found)
     return _metadata.embedded(_metadata.brought_up_to_date(found, checkpoint), arrays)
+
+
+def _read_params(uri: URI, params: Params) -> dict[str, Any]:
+    return {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
+
+
+@public
+def edit_metadata(
+    uri: str | os.PathLike[str] | URI,
+    function: Callable[[dict[str, Any]], Mapping[str, Any]],
+    *,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> URI:
+    """Change the metadata that Anemoi embeds in a checkpoint, all or nothing; give the place.
+
+    Of a file, only metadata and directory are written: the new file shares the weights with the
+    old one where the file system can (Btrfs, XFS), else the system copies them. An object in a
+    store is downloaded and written whole.
+
+    Args:
+        uri: where it is.
+        function: from metadata to metadata; what it is given is its own to change.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`, for what is written too.
+
+    Raises:
+        CheckpointNotFoundError: no such object, or no metadata in it: `save` embeds some.
+        TypeError: the function does not give a dict.
+        CheckpointError: as `load`; or the place cannot be written to.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> place = save({"w": torch.ones(2)}, path, metadata={"run_id": "abc"})
+    >>> place = edit_metadata(path, lambda metadata: metadata | {"run_id": "xyz"})
+    >>> metadata(path)["run_id"], load(path)
+    ('xyz', {'w': tensor([1., 1.])})
+    """
+    place = parse_uri(uri)
+    check_params(place, transport_params, writing=True)
+    read = _read_params(place, transport_params)
+    if isinstance(place, LocalURI):
+        _edit(place, function)
+        return place
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"retries": retries, "timeout": timeout}
+        path = download(place, Path(folder) / place.filename, transport_params=read, **options)
+        _edit(LocalURI(str(path), str(path)), function)
+        with path.open("rb") as source, open_writer(place, transport_params) as stream:
+            shutil.copyfileobj(source, stream)
+    return place
+
+
+def _edit(place: LocalURI, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    archive = opened(place, Transport()).archive
+    changed = function(_metadata.read_metadata(archive))
+    if not isinstance(changed, Mapping):
+        raise TypeError(f"the function gave {type(changed).__name__}, not metadata: return a dict")
+    replace_record(place, _metadata.metadata_name(archive), _metadata.as_json(changed))
 
 
 # ── plug in ───────────────────────────────────────────────────────────────────────────────────

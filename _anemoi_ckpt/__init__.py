@@ -8,7 +8,8 @@ standard library alone, since `strategies` stands on it.
 - ``trainers``: what plugs into Lightning's Trainer.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
-- ``saving``, ``metadata``: a checkpoint → a place; what Anemoi writes into its checkpoints.
+- ``saving``, ``metadata``, ``editing``: a checkpoint → a place; what Anemoi writes into its
+  checkpoints; one record of an archive, without the others.
 - ``planning``: an open checkpoint and strategies → their result, and the records it still needs.
 - ``opening``, ``fetching``: a place → an open checkpoint; its records → storages, checked.
 - ``cache``, ``downloading``: whole files, to a disk.

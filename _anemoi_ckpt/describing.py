@@ -299,7 +299,11 @@ def _described(
     facts: Any,
 ) -> dict[str, Any]:
     """Describe the new variables in one section."""
-    describe = {"dataset": _dataset, "data_indices": _indices, "metadata_inference": _inference}
+    describe = {
+        "dataset": _describe_dataset,
+        "data_indices": _describe_indices,
+        "metadata_inference": _describe_inference,
+    }
     known = _by_dataset(facts)
     if section == "dataset":
         is_single = _by_dataset(before).get("data") is before
@@ -324,7 +328,7 @@ def _described(
     return {**kept, **listed, **entries}
 
 
-def _dataset(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+def _describe_dataset(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
     if known:
         return dict(known)
     names = _ordered(new)
@@ -338,7 +342,7 @@ def _dataset(before: dict[str, Any], new: Variables, known: Any) -> dict[str, An
     return {**before, "variables": names}
 
 
-def _indices(_before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+def _describe_indices(_before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
     """Describe indices as ``IndexCollection.todict`` of anemoi-models does."""
     if known:
         return dict(known)
@@ -364,7 +368,7 @@ def _indices(_before: dict[str, Any], new: Variables, known: Any) -> dict[str, A
     }
 
 
-def _inference(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
+def _describe_inference(before: dict[str, Any], new: Variables, known: Any) -> dict[str, Any]:
     reads, predicts = _channels(new)
     roles = {role: [name for name in _ordered(new) if name in getattr(new, role)] for role in ROLES}
     some = {name for names in roles.values() for name in names}

@@ -30,17 +30,17 @@ _ARRAY = {"path", "shape", "dtype"}
 # ── read ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_metadata(opened: Opened) -> dict[str, Any]:
+def read_metadata(archive: Archive) -> dict[str, Any]:
     """Read Anemoi's metadata.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CorruptError: there are two, or it is not JSON.
     """
-    metadata = find_metadata(opened.archive)
+    metadata = find_metadata(archive)
     if metadata is None:
         raise CheckpointNotFoundError(
-            opened.archive.place,
+            archive.place,
             "there is no anemoi.json in it",
             "anemoi.utils.checkpoints.save_metadata writes one",
         )
@@ -88,6 +88,12 @@ def _metadata_record(archive: Archive) -> Record | None:
         if paths:
             return archive.members[paths[0]]
     return None
+
+
+def metadata_name(archive: Archive) -> str:
+    """Give the name of the record that holds Anemoi's metadata; empty if there is none."""
+    record = _metadata_record(archive)
+    return "" if record is None else record.name
 
 
 def find_metadata(archive: Archive) -> dict[str, Any] | None:
