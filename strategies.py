@@ -59,6 +59,7 @@ from _anemoi_ckpt.describing import in_units_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.freezing import set_requires_grad
 from _anemoi_ckpt.globs import choose
+from _anemoi_ckpt.migrating import migrated
 from _anemoi_ckpt.ordering import align_where_known, aligner, refuse_misplaced
 from _anemoi_ckpt.processors import read_processors, refresh
 from _anemoi_ckpt.renaming import rename_entries
@@ -106,6 +107,7 @@ __all__ = [
     "include",
     "keep_progress",
     "merge",
+    "migrate",
     "on_weights",
     "pad_or_slice",
     "pipe",
@@ -941,6 +943,34 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
     )
     refreshed = on_weights(functools.partial(refresh, processors=processors))
     return in_units_of(model, refreshed) if states else refreshed
+
+
+@factory
+def migrate(to: torch.nn.Module | str | None = None) -> Strategy:
+    """Bring a checkpoint of Anemoi's training up to date, by the scripts of anemoi-models.
+
+    These rename layers, and change configurations, as newer versions have them. Those that the
+    checkpoint does not list under ``migrations`` are run, in their order. Nothing is trusted for
+    that: they see the checkpoint's objects as inert data, and its tensors as names.
+
+    Args:
+        to: a version of anemoi-models, to run what came up to that; or a model, which scripts get
+            that ask for one. None is the installed version.
+
+    Raises:
+        TypeError: `to` is neither a version, nor a module.
+        ValueError: (the strategy) the checkpoint lists no migrations, or some that the installed
+            anemoi-models does not have.
+        ImportError: (the strategy) there is no anemoi-models that has migrations.
+
+    >>> migrate("0.13.0")
+    migrate('0.13.0')
+
+    See Also: transfer_learning, rename
+    """
+    if not (to is None or isinstance(to, str | torch.nn.Module)):
+        raise TypeError(f"migrate takes a version or a module, not {type(to).__name__}")
+    return functools.partial(migrated, to=to)
 
 
 # ── recipes ───────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ standard library alone, since `strategies` stands on it.
 - ``hollow``: which records a tensor has its values from.
 - ``formats``: a module for each format. A format knows no places.
 - ``places``: a module for each store. A place knows no formats.
+- ``migrating``: Anemoi's own scripts that bring a checkpoint up to date.
 - ``pickles``: the machine that reads pickles, and what it does not know as inert data.
 - ``tables``: how results print.
 - ``unpacking``: how much may come of compressed bytes.

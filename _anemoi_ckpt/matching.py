@@ -10,7 +10,8 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,13 @@ from _anemoi_ckpt.anatomy import (
     path_to_weights,
     states_of,
     weights_at,
+    weights_of,
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
 from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.migrating import missing, registered
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
 from _anemoi_ckpt.tensors import view_key
@@ -56,6 +59,7 @@ class Original:
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
     alignment: Alignment  # with other variables, so far
+    pending: tuple[str, ...]  # Anemoi's migrations that it has not had
     units: Units  # of the variables, as the last checkpoint that knew them had them
 
 
@@ -109,7 +113,9 @@ def _begin(checkpoint: Any) -> Tracked:
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     variables = read_checkpoint(checkpoint)
     units = read_units(checkpoint)
-    return Tracked(checkpoint, Original(shapes, names, variables, Alignment({}, {}), units))
+    pending = missing(checkpoint)
+    original = Original(shapes, names, variables, Alignment({}, {}), pending, units)
+    return Tracked(checkpoint, original)
 
 
 def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
@@ -117,9 +123,38 @@ def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
     original = tracked.original
     if alignment is not None:
         original = _realigned(original, alignment(tracked.checkpoint))
-    result = run(strategy, tracked.checkpoint)
+    with _advising(original):
+        result = run(strategy, tracked.checkpoint)
+    pending = original.pending if registered(result) is None else missing(result)
+    if pending != original.pending:
+        original = _migrated(original, weights_of(result))
     units = read_units(result) or original.units
-    return Tracked(result, original if units == original.units else evolve(original, units=units))
+    return Tracked(result, evolve(original, units=units, pending=pending))
+
+
+def _migrated(original: Original, state_dict: Mapping[str, Any]) -> Original:
+    """Forget the names that a migration dropped: no model has them any more."""
+    known = {*state_dict, *_renamed(original, state_dict)}
+    return evolve(original, shapes={n: s for n, s in original.shapes.items() if n in known})
+
+
+@contextmanager
+def _advising(original: Original) -> Iterator[None]:
+    """Have an error about names or shapes tell of migrations that a checkpoint has not had."""
+    try:
+        yield
+    except MismatchError as err:
+        if original.pending:
+            err.add_note(migration_advice(original.pending))
+        raise
+
+
+def migration_advice(pending: Sequence[str]) -> str:
+    """Say what brings a checkpoint of an older anemoi-models up to date."""
+    return (
+        f"an older anemoi-models wrote it: migrate(model), before the other strategies, runs"
+        f" {len(pending)} of Anemoi's migrations ({', '.join(pending)})"
+    )
 
 
 def _realigned(original: Original, alignment: Alignment) -> Original:
@@ -140,6 +175,12 @@ def _realigned(original: Original, alignment: Alignment) -> Original:
 
 
 def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked: Tracked) -> Match:
+    """Compare what the strategies left with what the model has, as `_matched` does."""
+    with _advising(tracked.original):
+        return _matched(terms, model, receivers, tracked)
+
+
+def _matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked: Tracked) -> Match:
     """Compare what the strategies left with what the model has.
 
     Names below a module that loads by itself, or that has hooks, are its own business: all of them
