@@ -42,7 +42,7 @@ def call_hook(
 
     Args:
         hook: the model's `on_load_checkpoint`.
-        model: what the hook may change; `undo` puts it back.
+        model: what the hook may change; `undo` puts it back, but for the values of tensors.
         checkpoint: under Lightning's keys.
         undo: what to do if the load fails.
         owned: whether nobody else has the checkpoint's tensors, so that they need no copy.
@@ -65,20 +65,9 @@ def mark_loaded(model: torch.nn.Module) -> None:
 
 
 def _remember(model: torch.nn.Module, undo: ExitStack) -> None:
-    """Keep what a hook may change: tensors' values, attributes, and what the attributes hold."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not (tensor.is_meta or torch.nn.parameter.is_lazy(tensor)):
-            undo.callback(put_back, tensor, tensor.detach().clone())
+    """Keep a model's attributes, and what these hold."""
     for container in _containers(model):
         undo.callback(_refill, container, copy.copy(container))
-
-
-def put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Write the values that a tensor had."""
-    with torch.no_grad():
-        if tensor.shape != values.shape:  # an observer takes the checkpoint's size
-            tensor.resize_(values.shape)
-        tensor.copy_(values)
 
 
 def _containers(model: torch.nn.Module) -> Iterator[Any]:

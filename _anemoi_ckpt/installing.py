@@ -23,7 +23,7 @@ from attrs import frozen
 from _anemoi_ckpt.anatomy import is_extra_state
 from _anemoi_ckpt.compat import FILLS_MIXED_DEVICES, has_own_memory
 from _anemoi_ckpt.errors import CheckpointError, MismatchError
-from _anemoi_ckpt.hooks import STATES, call_hook, put_back
+from _anemoi_ckpt.hooks import STATES, call_hook
 from _anemoi_ckpt.matching import (
     Dtypes,
     Match,
@@ -88,6 +88,9 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     """
     if terms.hook is None:
         return match
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not (tensor.is_meta or torch.nn.parameter.is_lazy(tensor)):
+            undo.callback(_put_back, tensor, tensor.detach().clone())
     states = {STATES[kind]: list(several) for kind, several in match.states.items()}
     checkpoint = {**match.rest, "state_dict": match.fitting, **states}
     try:
@@ -204,7 +207,7 @@ def _assign(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         written = not assign or is_below(prefixes, name)
         if written and not torch.nn.parameter.is_lazy(tensor):
-            undo.callback(put_back, tensor, tensor.detach().clone())
+            undo.callback(_put_back, tensor, tensor.detach().clone())
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in filter(is_extra_state, values):
         module = modules.get(name.rpartition(".")[0])
@@ -237,6 +240,13 @@ def _as_before(tensor: torch.Tensor) -> torch.Tensor:
         return copy.deepcopy(tensor)
     kind: Any = torch.nn.parameter.UninitializedBuffer  # untyped
     return cast(torch.Tensor, kind(device=tensor.device, dtype=tensor.dtype))
+
+
+def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        if tensor.shape != values.shape:  # an observer takes the checkpoint's size
+            tensor.resize_(values.shape)
+        tensor.copy_(values)
 
 
 def _detached(value: Any) -> Any:
@@ -274,7 +284,7 @@ def _settle(slots: list[_Slot], undo: ExitStack) -> list[_Copy]:
             before = old.detach().clone()
             with torch.no_grad():
                 old.copy_(new)
-            undo.callback(put_back, old, before)
+            undo.callback(_put_back, old, before)
     return copies
 
 
