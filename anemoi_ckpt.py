@@ -19,7 +19,9 @@ import importlib.metadata
 import inspect
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ from _anemoi_ckpt.downloading import (
     local_uri,
     pinned_version,
 )
+from _anemoi_ckpt.editing import replace_record
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     ChangedError,
@@ -53,6 +56,7 @@ from _anemoi_ckpt.errors import (
     UnsafeCheckpointError,
     redact,
 )
+from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
 from _anemoi_ckpt.matching import Terms, matched, tracked
@@ -89,6 +93,7 @@ from _anemoi_ckpt.planning import Strategy, applied
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
+from _anemoi_ckpt.resuming import find_hook
 from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.steps import takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
@@ -126,6 +131,7 @@ __all__ = [
     "Version",
     "checkpoint_io",
     "download",
+    "edit_metadata",
     "latest",
     "list_objects",
     "list_page",
@@ -303,7 +309,7 @@ def metadata(
     """
     transport = Transport(transport_params, retries, timeout)
     checkpoint = opened(locate(uri, transport), transport)
-    found = _metadata.read_metadata(checkpoint)
+    found = _metadata.read_metadata(checkpoint.archive)
     return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
 
 
@@ -507,7 +513,7 @@ def save(
     checkpoint: Any,
     uri: str | os.PathLike[str] | URI,
     *,
-    metadata: str | os.PathLike[str] | URI | None = None,
+    metadata: str | os.PathLike[str] | URI | Mapping[str, Any] | tuple[Any, Any] | None = None,
     transport_params: Params = None,
 ) -> URI:
     """Write a checkpoint to any place, all or nothing, and give the place.
@@ -521,8 +527,10 @@ def save(
     Args:
         checkpoint: what `load` gave, or anything that `torch.save` takes.
         uri: where to. What is there stays until all is written.
-        metadata: a checkpoint to take Anemoi's metadata and supporting arrays from, if it has
-            any: they are no part of what `load` gives.
+        metadata: Anemoi's metadata to embed, as a dict, or as the pair of metadata and supporting
+            arrays that `metadata` gives; or a checkpoint to take both from, if it has any: they
+            are no part of what `load` gives. Where `align_variables` gave `checkpoint` other
+            variables, those of that checkpoint are replaced by them.
         transport_params: as for `load`.
 
     Raises:
@@ -540,20 +548,87 @@ def save(
         raise TypeError("save takes the checkpoint first, then where to write it")
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
-    members = {} if metadata is None else _members(parse_uri(metadata), transport_params)
+    members = _members(checkpoint, metadata, transport_params)
     write_checkpoint(checkpoint, place, members, transport_params)
     return place
 
 
-def _members(uri: URI, params: Params) -> dict[str, Any]:
-    """Read the records of Anemoi's metadata from a checkpoint; none where it has none."""
-    read = {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
-    transport = Transport(read)
-    checkpoint = opened(locate(uri, transport), transport)
-    found = _metadata.find_metadata(checkpoint.archive)
+def _members(checkpoint: Any, metadata: Any, params: Params) -> dict[str, Any]:
+    """Make the records of Anemoi's metadata: those given, or a checkpoint's, if it has any."""
+    if metadata is None:
+        return {}
+    if isinstance(metadata, Mapping | tuple):
+        given, arrays = metadata if isinstance(metadata, tuple) else (metadata, {})
+        return _metadata.embedded_new(given, arrays)
+    uri = parse_uri(metadata)
+    transport = Transport(_read_params(uri, params))
+    source = opened(locate(uri, transport), transport)
+    found = _metadata.find_metadata(source.archive)
     if found is None:
         return {}
-    return _metadata.embedded(found, _metadata.read_array_bytes(checkpoint, found))
+    arrays = _metadata.read_array_bytes(source, found)
+    return _metadata.embedded(_metadata.brought_up_to_date(found, checkpoint), arrays)
+
+
+def _read_params(uri: URI, params: Params) -> dict[str, Any]:
+    return {k: v for k, v in (params or {}).items() if k not in uri.writer_params}
+
+
+@public
+def edit_metadata(
+    uri: str | os.PathLike[str] | URI,
+    function: Callable[[dict[str, Any]], Mapping[str, Any]],
+    *,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> URI:
+    """Change the metadata that Anemoi embeds in a checkpoint, all or nothing; give the place.
+
+    Of a file, only metadata and directory are written: the new file shares the weights with the
+    old one where the file system can (Btrfs, XFS), else the system copies them. An object in a
+    store is downloaded and written whole.
+
+    Args:
+        uri: where it is.
+        function: from metadata to metadata; what it is given is its own to change.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`, for what is written too.
+
+    Raises:
+        CheckpointNotFoundError: no such object, or no metadata in it: `save` embeds some.
+        TypeError: the function does not give a dict.
+        CheckpointError: as `load`; or the place cannot be written to.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> place = save({"w": torch.ones(2)}, path, metadata={"run_id": "abc"})
+    >>> place = edit_metadata(path, lambda metadata: metadata | {"run_id": "xyz"})
+    >>> metadata(path)["run_id"], load(path)
+    ('xyz', {'w': tensor([1., 1.])})
+    """
+    place = parse_uri(uri)
+    check_params(place, transport_params, writing=True)
+    read = _read_params(place, transport_params)
+    if isinstance(place, LocalURI):
+        _edit(place, function)
+        return place
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"retries": retries, "timeout": timeout}
+        path = download(place, Path(folder) / place.filename, transport_params=read, **options)
+        _edit(LocalURI(str(path), str(path)), function)
+        with path.open("rb") as source, open_writer(place, transport_params) as stream:
+            shutil.copyfileobj(source, stream)
+    return place
+
+
+def _edit(place: LocalURI, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    archive = opened(place, Transport()).archive
+    changed = function(_metadata.read_metadata(archive))
+    if not isinstance(changed, Mapping):
+        raise TypeError(f"the function gave {type(changed).__name__}, not metadata: return a dict")
+    replace_record(place, _metadata.metadata_name(archive), _metadata.as_json(changed))
 
 
 # ── plug in ───────────────────────────────────────────────────────────────────────────────────
@@ -740,6 +815,11 @@ def load_into(  # noqa: PLR0913 - by keyword
     all that the checkpoint has there). Tensors of the model keep their dtype and device, tied ones
     stay tied; a model on the meta device gets its tensors on the CPU.
 
+    Where a strategy goes on with training (`keep_progress`, and `warm_start`, which contains it),
+    the model's own `on_load_checkpoint` is called as Lightning calls it: with the checkpoint that
+    the strategies gave (a copy, with the states of optimizers and schedulers that are asked for),
+    before the weights are loaded. What it leaves under ``state_dict`` is loaded.
+
     Args:
         model: what to load into.
         checkpoint: where it is, or a checkpoint, state dict or module that was loaded before.
@@ -782,7 +862,8 @@ def load_into(  # noqa: PLR0913 - by keyword
         name: _several(name, value)
         for name, value in (("optimizer", optimizer), ("scheduler", scheduler))
     }
-    terms = Terms(place.text, strict, require, owned=held is None)
+    hook = find_hook(model, strategies)
+    terms = Terms(place.text, strict, require, owned=held is None, hook=hook)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
     transport = Transport(transport_params, retries, timeout, cached, group)
@@ -797,6 +878,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     else:
         with joined(transport, place, "into a model") as ranks:
             match = put(ranks)
+    mark_loaded(model)
     found = evolve(found, result=match)
     return reported(place.text, model, found, time.perf_counter() - begun)
 

@@ -55,14 +55,17 @@ from _anemoi_ckpt.arguments import (
 from _anemoi_ckpt.calls import brief
 from _anemoi_ckpt.combining import average_state_dicts, merge_state_dicts
 from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_of
+from _anemoi_ckpt.describing import in_units_of
 from _anemoi_ckpt.edges import align_edges_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.freezing import set_requires_grad
 from _anemoi_ckpt.globs import choose
 from _anemoi_ckpt.layouts import anemoi_layout
+from _anemoi_ckpt.migrating import migrated
 from _anemoi_ckpt.ordering import align_where_known, aligner, refuse_misplaced
 from _anemoi_ckpt.processors import read_processors, refresh
 from _anemoi_ckpt.renaming import rename_entries
+from _anemoi_ckpt.resuming import resuming
 from _anemoi_ckpt.steps import (
     Call,
     Step,
@@ -108,6 +111,7 @@ __all__ = [
     "include",
     "keep_progress",
     "merge",
+    "migrate",
     "on_weights",
     "pad_or_slice",
     "pipe",
@@ -753,10 +757,12 @@ def reset_progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return like(kept, {key: 0 if key in COUNTS.keys else value for key, value in kept.items()})
 
 
+@resuming
 def keep_progress(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Keep everything, and refuse a checkpoint that training cannot go on from.
 
-    To go on, training needs an epoch or a step, and the state of an optimizer.
+    To go on, training needs an epoch or a step, and the state of an optimizer. Behind it,
+    `load_into` calls the model's own `on_load_checkpoint`, as Lightning does.
 
     Raises:
         TypeError: the checkpoint is not a dict.
@@ -878,13 +884,14 @@ def align_edges(model: torch.nn.Module) -> Strategy:
 
 
 @factory
-def align_variables(
+def align_variables(  # noqa: PLR0913 - by keyword
     source: Any = None,
     target: Any = None,
     layout: Mapping[str, Any] | None = None,
     *,
     model: Model | None = None,
     new: Literal["model", "zeros"] | Mapping[str, str] = "model",
+    units: Mapping[str, float] | None = None,
 ) -> Strategy:
     """Put the weights into the order of other variables: each variable keeps its slices.
 
@@ -916,12 +923,17 @@ def align_variables(
         new: ``"model"``; ``"zeros"``, so that a new variable has no influence at first; or a dict:
             for a new variable either of these, or the name of the checkpoint's variable whose
             slices it gets a copy of (``{"t_925": "t_850"}``). Others then get ``"model"``.
+        units: for a variable in another unit than the model's, how many of the model's units one of
+            the checkpoint's is (``{"tp": 1000}`` from m to mm). Its factor in the normalisers of
+            Anemoi's processors is divided by that, and averaged weights are dropped. If both sides
+            know the units, and they are equal, nothing is scaled, so that this is done once.
 
     Raises:
-        TypeError: variables, layout, model or `new` are of another kind.
+        TypeError: variables, layout, model, `new` or `units` are of another kind.
         ValueError: one of them does not fit the others; (the strategy) the checkpoint has no
-            variables, a glob chooses nothing, or a tensor's size does not agree with the layout,
-            for which the error shows the sum.
+            variables, both sides know the units of a variable, these differ and `units` has no
+            factor for it, a glob chooses nothing, or a tensor's size does not agree with the
+            layout, for which the error shows the sum.
 
     >>> layout = {"encoder.weight": {1: ["all", 1]}}
     >>> align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")
@@ -930,7 +942,7 @@ def align_variables(
 
     See Also: anemoi_layout, variables, require_variables, transfer_learning
     """
-    return aligner(source, target, layout, model, new)
+    return aligner(source, target, layout, model, new, {} if units is None else units)
 
 
 @factory
@@ -960,7 +972,36 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
     processors = read_processors(
         state_dict_of("refresh_processors", model), tendencies=tendencies, states=states
     )
-    return on_weights(functools.partial(refresh, processors=processors))
+    refreshed = on_weights(functools.partial(refresh, processors=processors))
+    return in_units_of(model, refreshed) if states else refreshed
+
+
+@factory
+def migrate(to: torch.nn.Module | str | None = None) -> Strategy:
+    """Bring a checkpoint of Anemoi's training up to date, by the scripts of anemoi-models.
+
+    These rename layers, and change configurations, as newer versions have them. Those that the
+    checkpoint does not list under ``migrations`` are run, in their order. Nothing is trusted for
+    that: they see the checkpoint's objects as inert data, and its tensors as names.
+
+    Args:
+        to: a version of anemoi-models, to run what came up to that; or a model, which scripts get
+            that ask for one. None is the installed version.
+
+    Raises:
+        TypeError: `to` is neither a version, nor a module.
+        ValueError: (the strategy) the checkpoint lists no migrations, or some that the installed
+            anemoi-models does not have.
+        ImportError: (the strategy) there is no anemoi-models that has migrations.
+
+    >>> migrate("0.13.0")
+    migrate('0.13.0')
+
+    See Also: transfer_learning, rename
+    """
+    if not (to is None or isinstance(to, str | torch.nn.Module)):
+        raise TypeError(f"migrate takes a version or a module, not {type(to).__name__}")
+    return functools.partial(migrated, to=to)
 
 
 # ── recipes ───────────────────────────────────────────────────────────────────────────────────
@@ -1038,7 +1079,8 @@ def warm_start(model: Model) -> Strategy:
     """Load everything to go on with training: the weights match the model, and progress is kept.
 
     Where a checkpoint has averaged weights and those being trained, it goes on from the latter, as
-    `training_weights` gives them.
+    `training_weights` gives them. `load_into` calls the model's own `on_load_checkpoint`, as for
+    `keep_progress`.
 
     Raises:
         TypeError: the model is neither a module nor a dict; (the strategy) the checkpoint is not a

@@ -7,29 +7,33 @@ standard library alone, since `strategies` stands on it.
 - ``trainers``: what plugs into Lightning's Trainer and anemoi-training.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
-- ``saving``, ``metadata``: a checkpoint → a place; what Anemoi writes into its checkpoints.
+- ``saving``, ``metadata``, ``editing``: a checkpoint → a place; what Anemoi writes into its
+  checkpoints; one record of an archive, without the others.
 - ``planning``: an open checkpoint and strategies → their result, and the records it still needs.
 - ``opening``, ``fetching``: a place → an open checkpoint; its records → storages, checked.
 - ``cache``, ``downloading``: whole files, to a disk.
 - ``blocks``: a file whose first and last bytes came at once, which reads on from there.
-- ``installing``, ``matching``: a state dict → a model, all of it or nothing.
+- ``installing``, ``matching``: a state dict → a model, all of it or nothing; ``hooks``: what else
+  its own hook takes from a checkpoint.
 - ``ranks``: many processes of one job, which read each byte once.
 - ``parallel``, ``transport``, ``threads``, ``progress``: many ranges at once, and one policy of
   retries, in threads that a Ctrl-C ends.
 - ``hollow``: which records a tensor has its values from.
 - ``formats``: a module for each format. A format knows no places.
 - ``places``: a module for each store. A place knows no formats.
+- ``migrating``: Anemoi's own scripts that bring a checkpoint up to date.
 - ``pickles``: the machine that reads pickles, and what it does not know as inert data.
 - ``tables``: how results print.
 - ``unpacking``: how much may come of compressed bytes.
 - ``aliases``: where `import anemoi_ckpt.strategies` finds the module.
-- Ground floor: ``ordering`` (strategies that align variables, or refuse another order), ``steps``
-  (what a strategy tells of itself), ``configurations`` (what Anemoi's say of channels),
-  ``misplaced`` (weights that would be another variable's), ``aligning``, ``layouts`` and
-  ``alignment`` (weights follow their variables; what Anemoi's models have over variables),
-  ``edges`` (values follow their edges), ``combining`` (means and unions of state dicts),
-  ``processors`` (the statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and
-  ``arguments`` (what strategies share), ``calls`` (what all public calls do alike), ``tensors``
+- Ground floor: ``ordering`` (strategies that align variables, or refuse another order),
+  ``resuming`` and ``steps`` (what a strategy tells of itself), ``configurations`` (what Anemoi's
+  say of channels), ``misplaced`` (weights that would be another variable's), ``aligning``,
+  ``layouts`` and ``alignment`` (weights follow their variables; what Anemoi's models have over
+  variables), ``edges`` (values follow their edges), ``combining`` (means and unions of state
+  dicts), ``processors`` (the statistics in Anemoi's models), ``freezing``, ``renaming``,
+  ``comparing`` and ``arguments`` (what strategies share), ``calls`` (what all public calls do
+  alike), ``describing`` (what Anemoi's metadata say of variables), ``tensors``
   (new values in a state dict), ``globs`` (how names are chosen), ``anatomy`` (where a checkpoint
   keeps what), ``variables`` (what Anemoi's weights run over), ``compat`` (what differs between
   versions of torch and Python), ``errors``.

@@ -21,14 +21,13 @@ from _anemoi_ckpt.alignment import (
     origins,
 )
 from _anemoi_ckpt.anatomy import (
-    AVERAGES,
     OPTIMIZER,
-    TRAINED_WEIGHTS,
     like,
     path_to_weights,
     replaced,
     weights_of,
     without,
+    without_averages,
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.globs import choose
@@ -318,13 +317,7 @@ def _new_slices(
 
 def _record_alignment(checkpoint: Mapping[str, Any], alignment: Alignment) -> dict[str, Any]:
     """Record the new variables in a checkpoint, and drop the states that are in the old order."""
-    averages = (AVERAGES, TRAINED_WEIGHTS)
-    aligned = without(checkpoint, (*averages, OPTIMIZER))
-    if isinstance(aligned.get("callbacks"), Mapping):
-        aligned["callbacks"] = {
-            name: without(state, averages) if isinstance(state, Mapping) else state
-            for name, state in aligned["callbacks"].items()
-        }
+    aligned = without_averages(without(checkpoint, [OPTIMIZER]))
     parameters: Any = aligned.get("hyper_parameters")
     if read_checkpoint({"hyper_parameters": parameters}):
         indices = aligned_indices(parameters["data_indices"], alignment)

@@ -381,6 +381,18 @@ def _without(
     return like(level, kept)
 
 
+def without_averages(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the other copies of the weights, beside them or in a callback's state."""
+    parts = (AVERAGES, TRAINED_WEIGHTS)
+    rest = without(checkpoint, parts)
+    if isinstance(rest.get("callbacks"), Mapping):
+        rest["callbacks"] = {
+            name: without(state, parts) if isinstance(state, Mapping) else state
+            for name, state in rest["callbacks"].items()
+        }
+    return rest
+
+
 def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Give the versions of modules, by path, that `torch.nn.Module.state_dict` records."""
     versions = getattr(state_dict, "_metadata", None)

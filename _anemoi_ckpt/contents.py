@@ -14,6 +14,7 @@ from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, unreadable
 from _anemoi_ckpt.hollow import HollowError, Ledger, build
 from _anemoi_ckpt.metadata import find_metadata
+from _anemoi_ckpt.migrating import missing
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.inert import Inert, walk
 from _anemoi_ckpt.pickles.safe import BLANK
@@ -50,6 +51,7 @@ class Contents(Table):
     notes: Mapping[str, str]  # what a safetensors file says of itself
     bytes_moved: int
     parts: Mapping[str, str] = field(factory=dict)  # top-level key: "weights" or "optimizer"
+    migrations: tuple[str, ...] = ()  # of the installed anemoi-models, which it has not had
 
     def _label(self, key: str) -> str:
         """Give the weights and the optimizer one name, whichever keys they are under."""
@@ -80,6 +82,7 @@ class Contents(Table):
             *section(f"tensors {len(self.tensors)}", lines),
             *section(f"classes {len(self.classes)}", [f"{len(inert)} inert", *inert]),
             ("anemoi", _summary(self.metadata)),
+            *section(f"migrations missing {len(self.migrations)}", list(self.migrations)),
             ("says", " · ".join(f"{key} {value}" for key, value in self.notes.items())),
         ]
         return [(heading, line) for heading, line in rows if line and line != "0 inert"]
@@ -148,6 +151,7 @@ def look_into(opened: Opened) -> Contents:
         notes=archive.notes,
         bytes_moved=opened.bytes_moved,
         parts=_parts_of(top),
+        migrations=missing(top),
     )
 
 

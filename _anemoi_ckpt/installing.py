@@ -12,7 +12,6 @@ install · model · receivers · shards
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from math import inf
@@ -24,6 +23,7 @@ from attrs import frozen
 from _anemoi_ckpt.anatomy import is_extra_state
 from _anemoi_ckpt.compat import FILLS_MIXED_DEVICES, has_own_memory
 from _anemoi_ckpt.errors import CheckpointError, MismatchError
+from _anemoi_ckpt.hooks import STATES, call_hook
 from _anemoi_ckpt.matching import (
     Dtypes,
     Match,
@@ -68,13 +68,41 @@ def install(
     """
     take = _take_shards if any(map(is_sharded, model.parameters())) else _take
     with ExitStack() as undo:
-        act = functools.partial(take, model, match, receivers, terms, undo)
+
+        def act() -> _Taken:
+            return take(model, _hooked(model, match, terms, undo), receivers, terms, undo)
+
         taken = act() if ranks is None else ranks.together(act)
         undo.pop_all()
     with torch.no_grad():
         for old, new in taken.copies:
             old.copy_(new)
     return taken.match
+
+
+def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack) -> Match:
+    """Have the model's own hook see the checkpoint, where a strategy resumes training.
+
+    Raises:
+        MismatchError: the hook raised.
+    """
+    if terms.hook is None:
+        return match
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not (tensor.is_meta or torch.nn.parameter.is_lazy(tensor)):
+            undo.callback(_put_back, tensor, tensor.detach().clone())
+    states = {STATES[kind]: list(several) for kind, several in match.states.items()}
+    checkpoint = {**match.rest, "state_dict": match.fitting, **states}
+    try:
+        whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
+    except Exception as err:
+        raise MismatchError(
+            terms.place,
+            f"the model's on_load_checkpoint refused it ({type(err).__name__}: {err})",
+            "leave out keep_progress and warm_start to load without that hook",
+        ) from err
+    states = {kind: whole[STATES[kind]] for kind in match.states}
+    return match._replace(fitting=whole["state_dict"], states=states)
 
 
 _Copy = tuple[torch.Tensor, torch.Tensor]  # into, from

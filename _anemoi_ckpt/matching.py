@@ -10,7 +10,8 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,15 @@ from _anemoi_ckpt.anatomy import (
     path_to_weights,
     states_of,
     weights_at,
+    weights_of,
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice
 from _anemoi_ckpt.configurations import configured_otherwise, read_config
+from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.migrating import missing, registered
 from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
 from _anemoi_ckpt.tables import folded
@@ -59,6 +63,8 @@ class Original:
     variables: Mapping[str, Variables]  # in whose order the weights are
     config: Any  # of the model that they are from, as far as it is known
     alignment: Alignment  # with other variables, so far
+    pending: tuple[str, ...]  # Anemoi's migrations that it has not had
+    units: Units  # of the variables, as the last checkpoint that knew them had them
 
 
 @frozen
@@ -93,6 +99,7 @@ class Terms:
     strict: bool = False
     require: float = 0.0  # least share of the model's values
     owned: bool = False  # whether nobody else has the checkpoint's tensors
+    hook: Callable[[Any], Any] | None = None  # the model's own, which may change the state dict
 
 
 def tracked(strategies: Sequence[Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
@@ -111,7 +118,16 @@ def _begin(checkpoint: Any) -> Tracked:
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     variables = read_checkpoint(checkpoint)
     return Tracked(
-        checkpoint, Original(shapes, names, variables, read_config(checkpoint), Alignment({}, {}))
+        checkpoint,
+        Original(
+            shapes,
+            names,
+            variables,
+            read_config(checkpoint),
+            Alignment({}, {}),
+            missing(checkpoint),
+            read_units(checkpoint),
+        ),
     )
 
 
@@ -120,7 +136,38 @@ def _step(strategy: Callable[[Any], Any], tracked: Tracked) -> Tracked:
     original = tracked.original
     if alignment is not None:
         original = _realigned(original, alignment(tracked.checkpoint))
-    return Tracked(run(strategy, tracked.checkpoint), original)
+    with _advising(original):
+        result = run(strategy, tracked.checkpoint)
+    pending = original.pending if registered(result) is None else missing(result)
+    if pending != original.pending:
+        original = _migrated(original, weights_of(result))
+    units = read_units(result) or original.units
+    return Tracked(result, evolve(original, units=units, pending=pending))
+
+
+def _migrated(original: Original, state_dict: Mapping[str, Any]) -> Original:
+    """Forget the names that a migration dropped: no model has them any more."""
+    known = {*state_dict, *_renamed(original, state_dict)}
+    return evolve(original, shapes={n: s for n, s in original.shapes.items() if n in known})
+
+
+@contextmanager
+def _advising(original: Original) -> Iterator[None]:
+    """Have an error about names or shapes tell of migrations that a checkpoint has not had."""
+    try:
+        yield
+    except MismatchError as err:
+        if original.pending:
+            err.add_note(migration_advice(original.pending))
+        raise
+
+
+def migration_advice(pending: Sequence[str]) -> str:
+    """Say what brings a checkpoint of an older anemoi-models up to date."""
+    return (
+        f"an older anemoi-models wrote it: migrate(model), before the other strategies, runs"
+        f" {len(pending)} of Anemoi's migrations ({', '.join(pending)})"
+    )
 
 
 def _realigned(original: Original, alignment: Alignment) -> Original:
@@ -141,6 +188,12 @@ def _realigned(original: Original, alignment: Alignment) -> Original:
 
 
 def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked: Tracked) -> Match:
+    """Compare what the strategies left with what the model has, as `_matched` does."""
+    with _advising(tracked.original):
+        return _matched(terms, model, receivers, tracked)
+
+
+def _matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked: Tracked) -> Match:
     """Compare what the strategies left with what the model has.
 
     Names below a module that loads by itself, or that has hooks, are its own business: all of them
@@ -166,11 +219,12 @@ def matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked:
         )
     more = checkpoint if path else {}  # what is no bare state dict, and no pickled module
     model_tensors = tensors_of(model)
-    prefixes = loading_prefixes(model)
+    prefixes = loading_prefixes(model) if terms.hook is None else frozenset({""})
     ordered, moved = in_edge_order(place, model, state_dict, original.shapes)
     fitting = _fitting(place, ordered, model_tensors, prefixes)
     _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
     _check_config(place, model, fitting, original)
+    check_units(place, model, fitting, original.units)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
     excused = prefixes | _prefixes(model, has_post_hooks)  # which may fill what is missing

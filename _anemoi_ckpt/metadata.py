@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from _anemoi_ckpt.describing import SECTIONS, metadata_of, names_in
 from _anemoi_ckpt.errors import CheckpointNotFoundError, CorruptError
 from _anemoi_ckpt.fetching import fetched, memory
 from _anemoi_ckpt.formats import Archive, Record, read_json, unreadable
@@ -21,23 +22,25 @@ from _anemoi_ckpt.opening import Opened
 
 _ROOT = "archive"  # what torch calls the folder in an archive that is written to a stream
 _NAMES = ("anemoi.json", "ai-models.json")  # the second one: before 2024
+_FOLDER = "anemoi-metadata"
+_MEMBER = f"{_FOLDER}/anemoi.json"
 _ARRAY = {"path", "shape", "dtype"}
 
 
 # ── read ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_metadata(opened: Opened) -> dict[str, Any]:
+def read_metadata(archive: Archive) -> dict[str, Any]:
     """Read Anemoi's metadata.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CorruptError: there are two, or it is not JSON.
     """
-    metadata = find_metadata(opened.archive)
+    metadata = find_metadata(archive)
     if metadata is None:
         raise CheckpointNotFoundError(
-            opened.archive.place,
+            archive.place,
             "there is no anemoi.json in it",
             "anemoi.utils.checkpoints.save_metadata writes one",
         )
@@ -85,6 +88,12 @@ def _metadata_record(archive: Archive) -> Record | None:
         if paths:
             return archive.members[paths[0]]
     return None
+
+
+def metadata_name(archive: Archive) -> str:
+    """Give the name of the record that holds Anemoi's metadata; empty if there is none."""
+    record = _metadata_record(archive)
+    return "" if record is None else record.name
 
 
 def find_metadata(archive: Archive) -> dict[str, Any] | None:
@@ -148,11 +157,47 @@ def embedded(metadata: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str
     """
     moved = {path: path.partition("/")[2] for path in arrays}
     paths = _moved(metadata.get("supporting_arrays_paths", {}), moved)
-    text = json.dumps({**metadata, "supporting_arrays_paths": paths})
-    return {
-        "anemoi-metadata/anemoi.json": text.encode(),
-        **{moved[path]: data for path, data in arrays.items()},
-    }
+    whole = {**metadata, "supporting_arrays_paths": paths}
+    return {_MEMBER: as_json(whole), **{moved[path]: data for path, data in arrays.items()}}
+
+
+def embedded_new(metadata: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the records of metadata that a user gives, with arrays nested by dataset, or not."""
+    records: dict[str, Any] = {}
+
+    def described(arrays: Mapping[str, Any], folder: str) -> dict[str, Any]:
+        entries = {}
+        for name, array in arrays.items():
+            if isinstance(array, Mapping):
+                entries[name] = described(array, f"{folder}/{name}")
+                continue
+            values, path = np.asarray(array), f"{folder}/{name}.numpy"
+            records[path] = values.tobytes()
+            entry = {"shape": list(values.shape), "dtype": str(values.dtype)}
+            entries[name] = {"path": f"{_ROOT}/{path}", **entry}
+        return entries
+
+    paths = described(arrays, _FOLDER)
+    return {_MEMBER: as_json({**metadata, "supporting_arrays_paths": paths}), **records}
+
+
+def as_json(metadata: Any) -> bytes:
+    """Write metadata as JSON; arrays as lists, and what JSON does not know as its text."""
+    return json.dumps(metadata, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def brought_up_to_date(metadata: dict[str, Any], checkpoint: Any) -> dict[str, Any]:
+    """Have metadata describe the variables of a checkpoint, where its own describe others."""
+    own = metadata_of(checkpoint)
+    if not own or names_in(own) == names_in(metadata):
+        return metadata
+    return metadata | {name: own[name] for name in SECTIONS if name in own and name in metadata}
 
 
 def _moved(entries: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:

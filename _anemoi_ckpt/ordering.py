@@ -21,6 +21,14 @@ from _anemoi_ckpt.alignment import (
 from _anemoi_ckpt.anatomy import weights_of
 from _anemoi_ckpt.arguments import state_dict_of
 from _anemoi_ckpt.comparing import shapes_of
+from _anemoi_ckpt.describing import (
+    check_factors,
+    check_units,
+    metadata_of,
+    read_units,
+    rescaled,
+    with_variables,
+)
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.layouts import anemoi_layout, unknown_tensors
 from _anemoi_ckpt.misplaced import misplaced
@@ -28,11 +36,13 @@ from _anemoi_ckpt.steps import Step, with_alignment
 from _anemoi_ckpt.variables import paired, read_checkpoint, read_model, read_variables
 
 
-def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step:
+def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
+    source: Any, target: Any, layout: Any, model: Any, new: Any, factors: Any
+) -> Step:
     """Build the strategy that `strategies.align_variables` gives, from the same arguments.
 
     Raises:
-        TypeError: variables, layout, model or `new` are of another kind.
+        TypeError: variables, layout, model, `new` or `units` are of another kind.
         ValueError: one of them does not fit the others.
     """
     if model is None and (target is None or layout is None):
@@ -46,6 +56,9 @@ def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step
     source_variables = {} if source is None else read_variables("align_variables", source)
     model_tensors = {} if model is None else state_dict_of("align_variables", model)
     check_new(new, target_variables)
+    check_factors(factors, target_variables)
+    units = read_units(model if target is None else target)
+    facts = metadata_of(model if target is None else target)
 
     def alignment(checkpoint: Any) -> Alignment:
         return find_alignment(
@@ -53,7 +66,10 @@ def aligner(source: Any, target: Any, layout: Any, model: Any, new: Any) -> Step
         )
 
     def aligned(checkpoint: Any) -> Any:
-        return align(checkpoint, alignment(checkpoint), model_tensors, new)
+        old = source_variables or read_checkpoint(checkpoint)
+        scaled = rescaled(checkpoint, old, target_variables, units, factors)
+        changes = alignment(checkpoint)
+        return with_variables(align(scaled, changes, model_tensors, new), changes.pairs, facts)
 
     return with_alignment(aligned, alignment)
 
@@ -78,7 +94,7 @@ def align_where_known(model: Any, new: Any) -> list[Step]:
                 " align_variables with a layout"
             )
         return []
-    aligning = aligner(None, None, None, model, new)
+    aligning = aligner(None, None, None, model, new, {})
     target = read_model(model)
     names = {name for dataset_layout in layout.values() for name in dataset_layout}
 
@@ -120,6 +136,7 @@ def refuse_misplaced(model: Any, strategy: Callable[[Any], Any]) -> Callable[[An
                 " is not one of anemoi-models, and new={'its name': 'the old one'} for a variable"
                 " that was only renamed",
             )
+        check_units(UNPLACED, model, fitting, read_units(checkpoint))
         return result
 
     return checked

@@ -10,7 +10,16 @@ from attrs import frozen
 
 from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.loading import Loaded
-from _anemoi_ckpt.matching import Dtypes, Match, Original, Shapes, compared, listed, tensors_of
+from _anemoi_ckpt.matching import (
+    Dtypes,
+    Match,
+    Original,
+    Shapes,
+    compared,
+    listed,
+    migration_advice,
+    tensors_of,
+)
 from _anemoi_ckpt.tables import Table, folded, section
 from _anemoi_ckpt.variables import compare, paired, read_model, recast, with_roles
 
@@ -36,6 +45,7 @@ class Report(Table):
     on_meta: tuple[str, ...] = ()  # left on the meta device: buffers that no checkpoint has
     # name: dtype in the checkpoint, in the model; the cast lost more than it rounded
     lossy: Mapping[str, Dtypes] = {}
+    migrations: tuple[str, ...] = ()  # Anemoi's that it has not had, where names differ
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
@@ -63,6 +73,8 @@ class Report(Table):
             rows += section(f"lost by dtype {len(self.lossy)}", casts)
         lines = [f"{len(n)} {kind}: {listed(n)}" for kind, n in self.variables.items() if n]
         rows += section("variables", lines) if lines else []
+        if self.migrations:
+            rows.append(("not migrated", migration_advice(self.migrations)))
         return [*rows, ("rest", ", ".join(map(str, self.rest)))]
 
 
@@ -86,6 +98,7 @@ def reported(place: str, model: torch.nn.Module, loaded: Loaded, seconds: float)
         aligned=(*match.original.alignment.tensors, *match.moved_edges),
         on_meta=match.on_meta,
         lossy=match.lossy,
+        migrations=match.original.pending if match.missing and match.unexpected else (),
     )
 
 
