@@ -88,7 +88,10 @@ def test_a_callback_loads_before_training(name: str, path: Path, tmp_path: Path,
         assert torch.equal(module.began_with[0], torch.ones(1, 4))
         (last,) = tmp_path.rglob("epoch*.ckpt")
         second = lightning.Trainer(
-            callbacks=[pickle.loads(pickle.dumps(callback))], max_epochs=2, **options
+            callbacks=[pickle.loads(pickle.dumps(callback))],
+            max_epochs=2,
+            default_root_dir=tmp_path,
+            **options,
         )
         resumed = Module()
         second.fit(resumed, ckpt_path=str(last))
