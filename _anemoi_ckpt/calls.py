@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
+from traceback import walk_stack
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -197,6 +198,13 @@ def _shortened(err: Exception) -> TracebackType | None:
         if of_user:
             kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
     return kept
+
+
+def level_of_user() -> int:
+    """Give the `stacklevel` with which the caller of this warns of the user's line."""
+    files = [frame.f_code.co_filename for frame, _ in walk_stack(inspect.currentframe())]
+    users = (level for level, file in enumerate(files) if not file.startswith(_OURS + _LIBRARIES))
+    return next(users, 1)
 
 
 def _is_raised(frame: TracebackType) -> bool:

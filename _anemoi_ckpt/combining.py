@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from _anemoi_ckpt.anatomy import like, versions_of, with_versions
+from _anemoi_ckpt.calls import level_of_user
 from _anemoi_ckpt.comparing import describe_differences, shapes_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.tensors import change_tensors, is_inexact, mean, view_key
@@ -63,7 +64,7 @@ def merge_state_dicts(
     if clashes and clash == "warn":
         message = f"names clash in merging ({len(clashes)}), the last wins: {few(clashes)}"
         # The frames below the caller's: the step, on_weights' function, and this one.
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=level_of_user())
     versions: dict[str, Any] = {}
     for source in (state_dict, *others):
         versions |= versions_of(source)

@@ -923,6 +923,9 @@ def test_merge_reports_clashes_and_lets_the_last_win() -> None:
     ) as told:
         assert merge(two)(one)["a"].item() == 0
     assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="names clash") as told:
+        pipe(one, on_weights(merge(two)))
+    assert {each.filename for each in told} == {__file__}
     assert merge(two, clash="last")(one)["a"].item() == 0
     assert merge(two, clash="first")(one)["a"].item() == 1
     with pytest.raises(ValueError, match=r"names clash in merging \(1\): a;"):
