@@ -265,6 +265,14 @@ def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
     assert sorted(path.name for path in target.parent.iterdir()) == ["a.ckpt"]
 
 
+@pytest.mark.parametrize("folder", [".", "", "new/"])
+def test_a_folder_is_not_written_to(folder: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidURIError, match="a folder|is empty"):
+        save({"w": torch.ones(1)}, folder)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("length", [200, 218, 247, 255])
 def test_names_as_long_as_a_disk_takes_them(length: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(tmp_path / "cache"))

@@ -213,6 +213,8 @@ def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator
     Where the target is a link, what it leads to is replaced; permissions are kept.
     """
     path = Path(os.path.realpath(uri.path))
+    if path.is_dir() or uri.path.endswith(os.sep):
+        raise InvalidURIError(uri, "this is a folder", "add the name of the checkpoint to write")
     part = hidden(path, f"{uuid.uuid4().hex}.part")  # no other call's
     try:
         with explained_writing(uri), part.open("wb") as stream:
