@@ -213,7 +213,7 @@ def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator
     Where the target is a link, what it leads to is replaced; permissions are kept.
     """
     path = Path(os.path.realpath(uri.path))
-    if path.is_dir() or uri.path.endswith(os.sep):
+    if os.path.isdir(path) or uri.path.endswith(os.sep):  # noqa: PTH112 - no name is too long
         raise InvalidURIError(uri, "this is a folder", "add the name of the checkpoint to write")
     part = hidden(path, f"{uuid.uuid4().hex}.part")  # no other call's
     try:
