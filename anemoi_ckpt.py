@@ -691,8 +691,8 @@ def load_callback(
     ``_target_: anemoi_ckpt.load_callback`` and
     ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``.
 
-    What was loaded is logged. Where the run is resumed from a checkpoint of its own, this loads
-    nothing.
+    What was loaded is logged. A run that is resumed goes on with its own weights, which Lightning
+    loads after these.
 
     Args:
         uri: where the checkpoint is.

@@ -60,8 +60,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
+        self.server.sent += end - start  # before who asked can have it and look
         self.wfile.write(data[start:end])
-        self.server.sent += end - start
 
     def log_message(self, *_: object) -> None:
         """Stay quiet."""

@@ -30,7 +30,15 @@ import anemoi_ckpt
 import needs
 import servers
 import strategies
-from anemoi_ckpt import CheckpointNotFoundError, load, main, metadata, save
+from anemoi_ckpt import (
+    CheckpointNotFoundError,
+    list_objects,
+    load,
+    main,
+    metadata,
+    remove_object,
+    save,
+)
 from checkpoints import as_bytes, assert_same
 from sftp import sftp_server
 
@@ -195,6 +203,8 @@ def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
     (text,) = [block for mark, block in BLOCKS if mark == "lightning"]
     module = importlib.import_module("lightning.pytorch.demos.boring_classes").BoringModel()
     monkeypatch.chdir(tmp_path)
+    for entry in list_objects("s3://bucket/run/"):  # of other tests
+        remove_object(entry.uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = lightning.Trainer(max_epochs=1, logger=False, accelerator="cpu")

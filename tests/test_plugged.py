@@ -69,6 +69,9 @@ def test_a_callback_loads_before_training(name: str, path: Path, tmp_path: Path,
         def training_step(self, batch: torch.Tensor, _index: int) -> torch.Tensor:
             return self.layer(batch).mean()
 
+        def test_step(self, batch: torch.Tensor, _index: int) -> None:
+            self.layer(batch)
+
         def train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.ones(2, 4))
 
@@ -95,7 +98,10 @@ def test_a_callback_loads_before_training(name: str, path: Path, tmp_path: Path,
         )
         resumed = Module()
         second.fit(resumed, ckpt_path=str(last))
+        other = Module()
+        first.test(other, dataloaders=other.train_dataloader())
     assert torch.equal(resumed.began_with[0], module.layer.weight)  # its own, not the callback's
+    assert not torch.equal(other.layer.weight, torch.ones(1, 4))  # nobody trains it
     s3.remove("callback.ckpt")
 
 

@@ -88,9 +88,6 @@ class _Borrowed(io.RawIOBase):
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
@@ -99,9 +96,7 @@ class _Borrowed(io.RawIOBase):
 
 @open_stream.register
 def open_borrowed(uri: StreamURI, transport_params: Params = None) -> BinaryIO:  # noqa: ARG001 - it is open
-    """Give the stream from where it stood."""
-    if uri.start is not None:
-        uri.stream.seek(uri.start)
+    """Give the stream from where it stands."""
     return cast("BinaryIO", _Borrowed(uri.stream))
 
 

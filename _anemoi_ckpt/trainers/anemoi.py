@@ -31,7 +31,7 @@ def make_callback(fill: Fill) -> Any:
 
 
 class _LoadCallback:
-    """Fills the model when training begins; not where a run is resumed, which fills it anyway."""
+    """Fills the model before it is trained; Lightning fills it anew where a run is resumed."""
 
     def __init__(self, fill: Fill) -> None:
         self._fill = fill
@@ -40,11 +40,10 @@ class _LoadCallback:
         """Travel to processes that are spawned."""
         return make_callback, (self._fill,)
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Fill the model: it is on the CPU, and its optimizer is made later."""
-        if stage != "fit" or trainer.ckpt_path:
-            return
-        log.info("%s", self._fill(pl_module))
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002 - Lightning's
+        """Fill the model: it is on the CPU, and neither averaged nor has an optimizer yet."""
+        if stage == "fit":  # whether the run is resumed is not known yet
+            log.info("%s", self._fill(pl_module))
 
 
 # ── stages ────────────────────────────────────────────────────────────────────────────────────
