@@ -69,7 +69,7 @@ def test_a_callback_loads_before_training(name: str, path: Path, tmp_path: Path,
         def training_step(self, batch: torch.Tensor, _index: int) -> torch.Tensor:
             return self.layer(batch).mean()
 
-        def test_step(self, batch: torch.Tensor, _index: int) -> None:
+        def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             self.layer(batch)
 
         def train_dataloader(self) -> Any:
