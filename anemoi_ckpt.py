@@ -383,7 +383,9 @@ def latest(
     entries = list_objects(
         folder, retries=retries, timeout=timeout, transport_params=transport_params
     )
-    found = [each for each in entries if each.uri.filename.endswith(_CHECKPOINTS)]
+    found = [
+        each for each in entries if each.uri.filename.endswith(_CHECKPOINTS) and not each.is_folder
+    ]
     if not found:
         names = [each.uri.filename for each in entries]
         raise CheckpointNotFoundError(

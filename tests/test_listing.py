@@ -149,6 +149,22 @@ def test_a_signature_follows_the_folder() -> None:
     assert str(Entry.beneath(uri, "a b/c d.ckpt").uri) == f"{host}/a%20b/c%20d.ckpt?sig=x"
 
 
+def test_names_of_all_kinds_come_back(tmp_path: Path, s3: servers.Store) -> None:
+    names = (".hidden", " a ", "a\nb", "b%20c", "d?e", "f#1", "é")
+    for name in names:
+        (tmp_path / name).write_bytes(DATA)
+        if "\n" not in name:  # which moto refuses
+            s3.write(f"odd/{name}", DATA)
+    for folder in (str(tmp_path), tmp_path.as_uri(), s3.uri("odd")):
+        entries = list_objects(folder)
+        found = {each.uri.filename for each in entries}
+        assert found == ({*names} - {"a\nb"} if folder.startswith("s3:") else {*names})
+        for each in entries:
+            assert load(str(each.uri))["w"].all()
+    with pytest.raises(TypeError, match="unset"):
+        list_objects(None)  # type: ignore[arg-type] # the case
+
+
 # ── latest ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -163,6 +179,7 @@ def test_the_newest_checkpoint_of_a_folder(place) -> None:
 
 
 def test_the_newest_is_the_one_that_was_written_last(tmp_path: Path) -> None:
+    (tmp_path / "folder.ckpt").mkdir()
     for number, name in enumerate(["c.ckpt", "a.pt", "b.safetensors", "d.txt"]):
         (tmp_path / name).write_bytes(DATA)
         os.utime(tmp_path / name, (1_000 + number, 1_000 + number))

@@ -188,17 +188,21 @@ def bucket_and_key(text: str, path: str) -> tuple[str, str]:
     return bucket, key
 
 
+_URLS = ("http://", "https://", "file://")  # percent-encoded
+
+
 def sibling(uri: URI, name: str) -> URI:
     """Name another file beside one: in its newest version, with the same credentials."""
 
     def beside(value: str, is_url: bool) -> str:
-        path, mark, query = value.partition("?") if is_url else (value, "", "")
+        has_query = is_url and not value.startswith("file:")
+        path, mark, query = value.partition("?") if has_query else (value, "", "")
         folder = path[: len(path) - len(path.rpartition("/")[2])]
         return folder + (urllib.parse.quote(name) if is_url else name) + mark + query
 
     known = {each.name for each in fields(type(uri))}
     changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
-    changes["text"] = beside(uri.text, uri.is_url or uri.text.startswith(("http://", "https://")))
+    changes["text"] = beside(uri.text, uri.is_url or uri.text.startswith(_URLS))
     if uri.path_field != "text":
         changes[uri.path_field] = beside(getattr(uri, uri.path_field), uri.is_url)
     return evolve(uri, **changes)
@@ -219,8 +223,8 @@ def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
     >>> parse_folder("s3://bucket/run").key
     'run/'
     """
-    if isinstance(place, URI) or not os.fspath(place):
-        return parse_uri(place)
+    if not isinstance(place, str | os.PathLike) or not os.fspath(place):
+        return parse_uri(place)  # a URI; or it says what is wrong
     path, query = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
     return sibling(parse_uri(f"{path}/-{query}"), "")
 
