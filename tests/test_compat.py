@@ -506,6 +506,15 @@ def test_a_quantized_tensor_that_lies_is_corrupt(tmp_path: Path, lie: str) -> No
             load(path, trust=trust)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("axis", [-1, 2, "0", True])
+def test_a_quantized_tensor_has_an_axis(tmp_path: Path, axis: Any) -> None:
+    scales = [0.5, 1.0], [0, 1]
+    lie = quantized((2, 2), (2, 1), torch.per_channel_affine, *scales, axis)
+    with pytest.raises(CorruptError, match="a quantized tensor without an axis"):
+        load(written(tmp_path / "a.ckpt", {"q": lie}))
+
+
 # ── dtypes ────────────────────────────────────────────────────────────────────────────────────
 
 
