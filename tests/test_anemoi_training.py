@@ -136,7 +136,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def train(
-    data: Path, folder: Path, steps: int, *overrides: str, checkpoint: str = ""
+    data: Path, folder: Path, steps: int, *overrides: str, checkpoint: str = "", seed: int = 1
 ) -> tuple[Path, str]:
     """A real run; gives its last checkpoint, and what it said."""
     folder.mkdir(parents=True)
@@ -151,7 +151,7 @@ def train(
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "ANEMOI_BASE_SEED": "1", "CHECKPOINT": checkpoint},
+        env={**os.environ, "ANEMOI_BASE_SEED": str(seed), "CHECKPOINT": checkpoint},
         capture_output=True,
         text=True,
         check=False,
@@ -197,13 +197,15 @@ def test_a_run_begins_with_weights_from_s3(
     datasets, first: Path, s3: servers.Store, tmp_path: Path
 ) -> None:
     s3.write("pretrained.ckpt", first.read_bytes())
-    options = ["+checkpoint=transfer", "training.optimization.lr=0.0"]  # stays as it was loaded
+    options = ["+checkpoint=transfer", "training.optimization.lr=0.0"]  # all but stays as loaded
     uri = s3.uri("pretrained.ckpt")
-    path, said = train(datasets["b"], tmp_path / "transfer", 4, *options, checkpoint=uri)
+    path, said = train(datasets["b"], tmp_path / "b", 4, *options, checkpoint=uri, seed=2)
+    fresh, _ = train(datasets["b"], tmp_path / "fresh", 4, *NOTHING, options[1], seed=2)
     assert "aligned" in said
-    trained, pretrained = read(path)["state_dict"], read(first)["state_dict"]
-    kept = [name for name in trained if ".processor." in name and name.endswith("weight")]
+    trained, pretrained, begun = (read(each)["state_dict"] for each in (path, first, fresh))
+    kept = [name for name in trained if ".processor." in name and name.endswith("mlp.0.weight")]
     assert kept
     for name in kept:
-        assert torch.equal(trained[name], pretrained[name])
+        assert torch.allclose(trained[name], pretrained[name], rtol=0, atol=1e-4)
+        assert not torch.allclose(begun[name], pretrained[name], rtol=0, atol=1e-2)
     s3.remove("pretrained.ckpt")
