@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -653,13 +654,13 @@ def checkpoint_io(
     ``trainer.fit(model, ckpt_path="s3://…")``, and writes where
     ``ModelCheckpoint(dirpath="s3://…")`` and ``trainer.save_checkpoint("gs://…")`` say, all or
     nothing. Make it before the ModelCheckpoint: that asks fsspec for the store, and where fsspec
-    has no package for it, the plugin answers.
+    has no package for it, the plugin answers: in a process the one that was made last.
 
     Args:
         strategies: what a checkpoint is put through when it is read.
         transport_params: as for `load`, for what is written too.
-        retries: as for `load`.
-        timeout: as for `load`.
+        retries: as for `load`, of what is read and removed.
+        timeout: as for `load`, likewise.
         options: what else `load` takes by keyword, such as `trust` and `cached`.
 
     Raises:
@@ -783,7 +784,10 @@ def _fill(
 
 def _by_name(recipe: Recipe) -> bool:
     """Tell whether a recipe has a parameter `model`, which need not be its first."""
-    return "model" in inspect.signature(recipe).parameters
+    with suppress(ValueError):  # some functions in C tell nothing of their parameters
+        model = inspect.signature(recipe).parameters.get("model")
+        return model is not None and model.kind in {model.KEYWORD_ONLY, model.POSITIONAL_OR_KEYWORD}
+    return False
 
 
 # ── install ───────────────────────────────────────────────────────────────────────────────────

@@ -290,7 +290,8 @@ def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterat
     while True:
         ask = partial(list_page, uri, token, transport.params, recursive=recursive)
         page = attempted(transport, ask)
-        yield from page.entries
+        # a store's marks of empty folders, and links to folders
+        yield from (each for each in page.entries if not (recursive and each.is_folder))
         token = page.token
         if token is None:
             return

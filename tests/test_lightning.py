@@ -1,6 +1,6 @@
 """Lightning's Trainer resumes from any place, and writes to it: a real Trainer, real stores."""
 
-import io
+import copy
 import os
 import subprocess
 import sys
@@ -18,7 +18,6 @@ import needs
 import servers
 from anemoi_ckpt import (
     CheckpointNotFoundError,
-    InvalidURIError,
     MissingPackageError,
     UnreachableError,
     checkpoint_io,
@@ -249,16 +248,19 @@ def test_fsspec_finds_what_is_in_a_store(place, fsspec) -> None:
         files.ls(f"{folder}/never")
     bucket = "/".join(uri.split("/")[:3])
     assert files.isdir(bucket)
-    with files.open(f"{folder}/new.txt", "w") as stream:
-        stream.write("written")
-    with files.open(f"{folder}/new.txt", "rb") as stream:
-        assert stream.read() == b"written"
-    files.rm(f"{folder}/new.txt")
-    assert not files.exists(f"{folder}/new.txt")
+    with files.open(uri, "rb") as stream:
+        stream.seek(1)
+        assert stream.read() == b"ello"
+    for mode in ("wb", "ab", "xb", "r+b"):
+        with pytest.raises(ValueError, match="can only be read here"):
+            files.open(uri, mode)
+    files.rm(uri)
+    assert not files.exists(uri)
+    place.put("run/a.txt", b"hello")
     if place.server:
         place.server.faults.append(servers.Fault(status=503, headers={"Retry-After": "0"}))
         with pytest.raises(UnreachableError):  # no answer is no answer, not "no such file"
-            files.info(uri)
+            files.exists(uri)
 
 
 def test_packages_of_fsspec_are_left_alone(fsspec) -> None:
@@ -271,16 +273,28 @@ def test_packages_of_fsspec_are_left_alone(fsspec) -> None:
     assert fsspec.get_filesystem_class("az").__name__ == "PlacesFileSystem"
 
 
-def test_an_upload_is_written_once(tmp_path: Path, fsspec) -> None:
+def test_a_path_that_does_not_tell_its_store_is_refused(
+    tmp_path: Path, fsspec, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"mine")
     checkpoint_io()
     files = fsspec.get_filesystem_class("s3")()
-    stream = files.open(str(tmp_path / "a.txt"), "wb")
-    assert isinstance(stream, io.BytesIO)
-    stream.write(b"once")
-    stream.close()
-    (tmp_path / "a.txt").write_bytes(b"other")
-    stream.close()
-    assert (tmp_path / "a.txt").read_bytes() == b"other"
-    assert files._strip_protocol(["a/", "b"]) == ["a", "b"]
-    with pytest.raises(InvalidURIError, match="the path is empty"):
-        files.info("")
+    for call in (files.info, files.ls, files.rm_file, files.exists, files.open):
+        with pytest.raises(ValueError, match=r"write the scheme, as s3://a\.txt"):
+            call("a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == b"mine"
+    assert files._strip_protocol(["s3://b/a/", "s3://b"]) == ["s3://b/a", "s3://b"]
+    assert type(checkpoint_io()).__module__ == "anemoi_ckpt"
+
+
+def test_a_checkpoint_is_loaded_by_lightning_itself(s3: servers.Store, lightning) -> None:
+    model = module(lightning)
+    state = copy.deepcopy(model.state_dict())
+    checkpoint = {"pytorch-lightning_version": "2.0.0", "state_dict": state}
+    plugin = checkpoint_io()
+    plugin.save_checkpoint(checkpoint, s3.uri("by itself.ckpt"))
+    torch.nn.init.zeros_(model.layer.weight)
+    loaded = type(model).load_from_checkpoint(s3.uri("by itself.ckpt"))
+    assert torch.equal(loaded.layer.weight, checkpoint["state_dict"]["layer.weight"])
+    plugin.remove_checkpoint(s3.uri("by itself.ckpt"))

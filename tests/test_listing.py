@@ -128,7 +128,7 @@ def test_links_in_a_circle_are_not_followed(tmp_path: Path) -> None:
     (folder / "last.ckpt").write_bytes(DATA)
     (folder / "circle").symlink_to(folder)
     (folder / "gone.ckpt").symlink_to(folder / "nothing")
-    assert names(list_objects(folder, recursive=True)) == ["circle/", "last.ckpt"]
+    assert names(list_objects(folder, recursive=True)) == ["last.ckpt"]
 
 
 def test_places_that_list_nothing(http_server: servers.HTTPServer) -> None:
@@ -136,6 +136,37 @@ def test_places_that_list_nothing(http_server: servers.HTTPServer) -> None:
         list_objects(http_server.url)
     with pytest.raises(TypeError, match="transport_params"):
         list_objects("s3://b/run", transport_params={"clinet": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("s3://b//", "/"),
+        ("s3://b/a//", "a//"),
+        ("s3://b/a ?sig=1", "a ?sig=1/"),
+        ("run ?sig=1", "run ?sig=1/"),
+        ("file:///", "/"),
+        ("/", "/"),
+        ("s3://b", ""),
+    ],
+)
+def test_what_a_folder_is_called(text: str, path: str) -> None:
+    uri = _anemoi_ckpt.places.parse_folder(text)
+    assert getattr(uri, uri.path_field) == path
+
+
+def test_marks_of_empty_folders_are_folders(s3: servers.Store) -> None:
+    for name in ("marks/", "marks/empty/", "marks/a.ckpt"):
+        s3.sdk.put_object(Bucket="checkpoints", Key=name, Body=b"")
+    assert [each.is_folder for each in list_objects(s3.uri("marks"))] == [False, True]
+    assert [e.uri.filename for e in list_objects(s3.uri("marks"), recursive=True)] == ["a.ckpt"]
+
+
+def test_a_text_is_listed_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(DATA)
+    assert names(anemoi_ckpt.list_page(str(tmp_path)).entries) == [""]
+    remove_object(str(tmp_path / "a.ckpt"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signature_follows_the_folder() -> None:

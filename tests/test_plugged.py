@@ -164,6 +164,13 @@ def test_a_loader_fills_the_model(path: Path) -> None:
     assert result.metadata["loaded"].loaded == ("weight", "bias")
 
 
+def test_a_recipe_that_tells_nothing_of_its_parameters(path: Path) -> None:
+    stage = loading_stage(path, weights, recipe=lambda *model: dict)
+    asyncio.run(stage.process(context(model=torch.nn.Linear(4, 1))))
+    with pytest.raises(TypeError):  # it makes no strategy
+        asyncio.run(loading_stage(path, recipe=dict).process(context(model=[])))
+
+
 def test_recipes_follow_each_other(path: Path) -> None:
     order: list[str] = []
 

@@ -1,6 +1,7 @@
 """A checkpoint in an open file: `io.BytesIO`, a member of a tar, a pipe."""
 
 import copy
+import gzip
 import io
 import os
 import pickle
@@ -53,6 +54,16 @@ def test_an_open_file_is_a_place(tmp_path: Path) -> None:
     with (tmp_path / "file.ckpt").open("rb") as file:
         assert_same(load(file), CHECKPOINT)
         assert not file.closed
+
+
+def test_what_is_unpacked_no_longer_has_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt.gz"
+    path.write_bytes(gzip.compress(DATA))
+    with gzip.open(path) as unpacked, path.open("rb") as packed:
+        assert_same(load(unpacked), CHECKPOINT)
+        assert_same(load(packed), CHECKPOINT)
+    with path.open("rb", buffering=0) as raw:
+        assert parse_place(raw).filename == "a.ckpt.gz"
 
 
 def test_it_begins_where_the_file_stands() -> None:

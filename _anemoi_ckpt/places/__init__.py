@@ -208,7 +208,9 @@ def sibling(uri: URI, name: str) -> URI:
     return evolve(uri, **changes)
 
 
-_WITH_SAS = re.compile(r"(.*?)/*(\?(?:.*&)?sig=.*)?", re.DOTALL)  # Azure's signature of a URL
+_WITH_SAS = re.compile(  # Azure's signature of a URL
+    r"((?:az|azure|abfss?|wasbs?|https)://.*?)/?(\?(?:.*&)?sig=.*)|(.*?)/?", re.DOTALL
+)
 
 
 def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
@@ -225,8 +227,8 @@ def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
     """
     if not isinstance(place, str | os.PathLike) or not os.fspath(place):
         return parse_uri(place)  # a URI; or it says what is wrong
-    path, query = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
-    return sibling(parse_uri(f"{path}/-{query}"), "")
+    signed, query, plain = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
+    return sibling(parse_uri(f"{signed or plain}/-{query}"), "")
 
 
 @functools.singledispatch
@@ -415,7 +417,8 @@ class NoSuffixError(UnrangedError):
 
 # How servers answer that ask for no range from the end, though they give others: with an error of
 # the client's or the server's, or as if the range were 0-N.
-SUFFIX_REFUSED = frozenset({400, 405, 416, 501})
+SUFFIX_REFUSED = frozenset({400, 405, 416, 500, 501})
+LONGEST_NAME = 255  # bytes of a file's name, on the file systems of today
 
 
 @functools.singledispatch
@@ -533,7 +536,7 @@ class Page:
 
 @functools.singledispatch
 def list_page(
-    uri: URI,
+    uri: _Place,
     token: str | None = None,  # noqa: ARG001 - for handlers
     transport_params: Params = None,  # noqa: ARG001 - likewise
     *,
@@ -555,6 +558,18 @@ def list_page(
         f"a {type(uri).__name__} does not tell what is in it",
         "name the file, or add @list_page.register",
     )
+
+
+@list_page.register
+def list_text_page(
+    uri: str | os.PathLike,  # type: ignore[type-arg] # as for open_stream
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List the folder that a text names."""
+    return list_page(parse_folder(uri), token, transport_params, recursive=recursive)
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
@@ -591,7 +606,7 @@ def open_text_writer(uri: str | os.PathLike, transport_params: Params = None) ->
 
 
 @functools.singledispatch
-def remove_object(uri: URI, transport_params: Params = None) -> None:  # noqa: ARG001 - for handlers
+def remove_object(uri: _Place, transport_params: Params = None) -> None:  # noqa: ARG001 - for handlers
     """Remove an object. Where there is none, nothing happens.
 
     Args:
@@ -606,3 +621,9 @@ def remove_object(uri: URI, transport_params: Params = None) -> None:  # noqa: A
         f"nothing can be removed from a {type(uri).__name__}",
         "remove it by other means, or add @remove_object.register",
     )
+
+
+@remove_object.register
+def remove_text(uri: str | os.PathLike, transport_params: Params = None) -> None:  # type: ignore[type-arg] # as for open_stream
+    """Parse a text, and remove the object that it names."""
+    remove_object(parse_uri(uri), transport_params)

@@ -15,6 +15,7 @@ from attrs import frozen
 
 from _anemoi_ckpt.errors import InvalidURIError
 from _anemoi_ckpt.places import (
+    LONGEST_NAME,
     SUFFIX_REFUSED,
     TIMEOUT_SECONDS,
     URI,
@@ -196,7 +197,8 @@ def _name(response: Any) -> str | None:
     message = Message()
     message["Content-Disposition"] = response.headers.get("Content-Disposition", "")
     name = (message.get_filename() or "").replace("\\", "/").rpartition("/")[2]
-    return name if name.strip(". ") else None
+    fits = name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME
+    return name if fits and name.strip() and not name.startswith(".") else None
 
 
 def _digests(response: Any) -> dict[str, bytes]:

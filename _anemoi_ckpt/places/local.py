@@ -24,6 +24,7 @@ from _anemoi_ckpt.errors import (
 )
 from _anemoi_ckpt.globs import similar
 from _anemoi_ckpt.places import (
+    LONGEST_NAME,
     URI,
     Buffers,
     Entry,
@@ -231,12 +232,9 @@ def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator
 def hidden(path: Path, ending: str) -> Path:
     """Name a hidden file beside a file, no matter how long the file's own name is."""
     name = f".{path.name}.{ending}"
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{ending}"
     return path.with_name(name)
-
-
-_LONGEST_NAME = 255  # bytes, on the file systems of today
 
 
 @contextmanager

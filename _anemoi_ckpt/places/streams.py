@@ -62,7 +62,9 @@ def parse_stream(stream: Any) -> StreamURI:
         TypeError: it is a stream of text.
     """
     name = getattr(stream, "name", None)
-    text = name if isinstance(name, str) else f"<{type(stream).__name__}>"
+    plain = isinstance(stream, io.FileIO | io.BufferedIOBase) and hasattr(stream, "raw")
+    plain = plain or isinstance(stream, io.FileIO)  # what is unpacked no longer has that name
+    text = name if plain and isinstance(name, str) else f"<{type(stream).__name__}>"
     if isinstance(stream, io.TextIOBase):
         raise TypeError(f"{text} is open as text; open it with mode 'rb'")
     seekable = getattr(stream, "seekable", None)

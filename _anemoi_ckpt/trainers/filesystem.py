@@ -6,21 +6,13 @@ fsspec's own packages for stores (s3fs, gcsfs, adlfs) are left alone where they 
 from __future__ import annotations
 
 import importlib
-import io
+from contextlib import suppress
 from typing import Any
 
+from _anemoi_ckpt.blocks import first_alone
 from _anemoi_ckpt.errors import InvalidURIError
-from _anemoi_ckpt.places import (
-    URI,
-    Entry,
-    Params,
-    open_stream,
-    open_writer,
-    parse_folder,
-    parse_uri,
-    remove_object,
-)
-from _anemoi_ckpt.transport import Transport, attempted, listed
+from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, remove_object
+from _anemoi_ckpt.transport import Source, Transport, attempted, listed, locate
 
 _PROTOCOLS = ("s3", "gs", "gcs", "az", "abfs", "abfss")
 
@@ -43,7 +35,7 @@ def register(transport: Transport) -> None:
 
 
 class _Places:
-    """What fsspec asks of a file system. Paths keep their scheme, which tells the store."""
+    """What fsspec asks of a file system, for reading. Paths keep the scheme: it tells the store."""
 
     protocol = _PROTOCOLS
     cachable = False  # fsspec keeps one instance for the process otherwise, and its transport
@@ -60,8 +52,9 @@ class _Places:
 
         Raises:
             FileNotFoundError: neither an object nor a folder.
+            CheckpointError: the store cannot be asked.
         """
-        name = self._strip_protocol(path)
+        name = _with_scheme(self._strip_protocol(path))
         try:
             uri = parse_uri(name)
         except InvalidURIError:  # the bucket itself
@@ -74,15 +67,32 @@ class _Places:
                 return _described(entry)
         raise FileNotFoundError(path)
 
+    def exists(self, path: str, **_options: Any) -> bool:
+        """Tell whether an object or a folder is there. A store that gives no answer raises."""
+        return self._type(path) != ""
+
+    def isfile(self, path: str) -> bool:
+        """Tell whether an object is there."""
+        return self._type(path) == "file"
+
+    def isdir(self, path: str) -> bool:
+        """Tell whether a folder is there."""
+        return self._type(path) == "directory"
+
+    def _type(self, path: str) -> str:
+        with suppress(FileNotFoundError):
+            return str(self.info(path)["type"])
+        return ""
+
     def ls(self, path: str, detail: bool = True, **_options: Any) -> list[Any]:
         """List a folder, or name the object that is there.
 
         Raises:
             FileNotFoundError: neither an object nor a folder.
         """
-        found = [_described(each) for each in listed(parse_folder(path), self.transport)]
-        found = found or [self.info(path)]
-        return found if detail else [each["name"] for each in found]
+        entries = listed(parse_folder(_with_scheme(path)), self.transport)
+        described = [_described(each) for each in entries] or [self.info(path)]
+        return described if detail else [each["name"] for each in described]
 
     def modified(self, path: str) -> Any:
         """Tell when an object was last written to."""
@@ -90,12 +100,21 @@ class _Places:
 
     def rm_file(self, path: str) -> None:
         """Remove an object."""
-        uri = parse_uri(path)
+        uri = parse_uri(_with_scheme(path))
         attempted(self.transport, lambda: remove_object(uri, self.transport.params))
 
     def _open(self, path: str, mode: str = "rb", **_options: Any) -> Any:
-        uri, params = parse_uri(path), self.transport.params
-        return open_stream(uri, params) if mode == "rb" else _Upload(uri, params)
+        if mode != "rb":
+            raise ValueError(f"{path} can only be read here; anemoi_ckpt.save writes to it")
+        uri = locate(_with_scheme(path), self.transport)
+        return first_alone(Source(uri, None, self.transport))[1]
+
+
+def _with_scheme(path: str) -> str:
+    """Refuse a path that does not tell its store, as fsspec's own packages take them."""
+    if "://" not in str(path):
+        raise ValueError(f"{path!r} does not tell its store: write the scheme, as s3://{path}")
+    return str(path)
 
 
 def _described(entry: Entry) -> dict[str, Any]:
@@ -105,19 +124,3 @@ def _described(entry: Entry) -> dict[str, Any]:
         "type": "directory" if entry.is_folder else "file",
         "modified": entry.modified,
     }
-
-
-class _Upload(io.BytesIO):
-    """What is written when it is closed."""
-
-    def __init__(self, uri: URI, params: Params) -> None:
-        super().__init__()
-        self._target = uri, params
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        data = self.getvalue()
-        super().close()
-        with open_writer(*self._target) as stream:
-            stream.write(data)

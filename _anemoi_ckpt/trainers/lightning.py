@@ -32,7 +32,7 @@ def make_checkpoint_io(read: Callable[[Any], Any], transport: Transport) -> Any:
     """
     found = bases("CheckpointIO", "lightning.fabric.plugins", "lightning_fabric.plugins")
     register(transport)
-    return type("CheckpointIO", (_CheckpointIO, *found), {})(read, transport)
+    return type("CheckpointIO", (_CheckpointIO, *found), _NAMED)(read, transport)
 
 
 def bases(name: str, *modules: str) -> list[type]:
@@ -50,6 +50,9 @@ def bases(name: str, *modules: str) -> list[type]:
     if not found:
         raise MissingPackageError(name, "Lightning is not installed", "pip install lightning")
     return found
+
+
+_NAMED = {"__module__": "anemoi_ckpt"}  # as it prints
 
 
 class _CheckpointIO:
