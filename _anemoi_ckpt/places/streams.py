@@ -50,6 +50,9 @@ class StreamURI(URI):
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
 
 
+_FILES = (io.FileIO, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
+
+
 def is_stream(place: object) -> bool:
     """Tell whether something is an open file, rather than the name of one."""
     return hasattr(place, "read") and not isinstance(place, str | os.PathLike | URI)
@@ -61,10 +64,9 @@ def parse_stream(stream: Any) -> StreamURI:
     Raises:
         TypeError: it is a stream of text.
     """
-    name = getattr(stream, "name", None)
-    plain = isinstance(stream, io.FileIO | io.BufferedIOBase) and hasattr(stream, "raw")
-    plain = plain or isinstance(stream, io.FileIO)  # what is unpacked no longer has that name
-    text = name if plain and isinstance(name, str) else f"<{type(stream).__name__}>"
+    # an unpacking stream, such as gzip's, has the name of what it reads, not of what it gives
+    name = getattr(stream, "name", None) if isinstance(stream, _FILES) else None
+    text = name if isinstance(name, str) else f"<{type(stream).__name__}>"
     if isinstance(stream, io.TextIOBase):
         raise TypeError(f"{text} is open as text; open it with mode 'rb'")
     seekable = getattr(stream, "seekable", None)
