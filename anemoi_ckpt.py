@@ -100,6 +100,7 @@ from _anemoi_ckpt.steps import takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
 from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate
+from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
     "GCSURI",
@@ -129,6 +130,7 @@ __all__ = [
     "StreamURI",
     "UnreachableError",
     "UnsafeCheckpointError",
+    "Verified",
     "Version",
     "checkpoint_io",
     "download",
@@ -153,6 +155,7 @@ __all__ = [
     "resolve",
     "save",
     "source_stage",
+    "verify",
 ]
 
 
@@ -281,6 +284,47 @@ def peek(
     """
     transport = Transport(transport_params, retries, timeout)
     return look_into(opened(locate(uri, transport), transport))
+
+
+@public
+def verify(  # noqa: PLR0913 - by keyword
+    uri: Place,
+    *,
+    values: bool = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+    progress: Progress = None,
+) -> Verified:
+    """Read a checkpoint once, and tell whether it is what was written: nothing of it is kept.
+
+    Every record is compared with its CRC-32, the object with the digest that its place keeps, and
+    the pickle with the directory. A record that came wrong is read once more. Memory stays below
+    200 MB, however large the object is, unless it is compressed or its server serves no ranges.
+
+    Args:
+        uri: where it is.
+        values: look for NaN and infinite values in the tensors, too.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`.
+        progress: as for `load`.
+
+    Returns:
+        What was found. It is true in a condition if nothing is wrong.
+
+    Raises:
+        NotACheckpointError: it is none.
+        CheckpointError: it cannot be read.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> place = save({"w": torch.tensor([1.0, float("nan")])}, path)
+    >>> verify(path).ok, verify(path, values=True).not_finite
+    (True, {'w': 1})
+    """
+    transport = Transport(transport_params, retries, timeout)
+    return verified(locate(uri, transport), transport, values=values, progress=progress)
 
 
 @public

@@ -108,13 +108,22 @@ def _summary(metadata: Mapping[str, Any] | None) -> str:
     return f"metadata version {version}, run {run}, {len(arrays)} supporting arrays"
 
 
-def look_into(opened: Opened) -> Contents:
-    """Describe the contents of a checkpoint, without reading its storages.
+@frozen
+class Hollow:
+    """A checkpoint without its values, and which records each of its tensors has them from."""
+
+    top: Mapping[Any, Any]  # its entries; none where it is no dict
+    tensors: Mapping[tuple[str, str], torch.Tensor]  # by key and name, as in `TensorInfo`
+    records: Mapping[tuple[str, str], frozenset[str]]  # keys of `Archive.records`
+    names: Names
+
+
+def hollow_of(archive: Archive) -> Hollow:
+    """Build a checkpoint without reading its storages.
 
     Raises:
         CheckpointError: as for a load.
     """
-    archive = opened.archive
     ledger, names = Ledger(), Names()
     try:
         checkpoint = build(archive, {}, ledger, {}, names)
@@ -123,17 +132,35 @@ def look_into(opened: Opened) -> Contents:
         checkpoint = build(archive, blank, ledger, BLANK, names)
     top = checkpoint if isinstance(checkpoint, Mapping) else {}
     bare = all(isinstance(value, torch.Tensor) for value in top.values())
-    tensors = []
+    with unreadable(archive.place, "its tree of modules"):
+        tensors = _tensors({"": checkpoint} if bare else top)
+    records = {name: frozenset(ledger.keys_of(each)) for name, each in tensors.items()}
+    return Hollow(top, tensors, records, names)
+
+
+def infos_of(hollow: Hollow) -> tuple[TensorInfo, ...]:
+    """Describe the tensors of a checkpoint."""
+    return tuple(
+        TensorInfo(key, name, tuple(t.shape), t.dtype, t.numel() * t.element_size())
+        for (key, name), t in hollow.tensors.items()
+    )
+
+
+def look_into(opened: Opened) -> Contents:
+    """Describe the contents of a checkpoint, without reading its storages.
+
+    Raises:
+        CheckpointError: as for a load.
+    """
+    archive = opened.archive
+    hollow = hollow_of(archive)
+    top = hollow.top
+    bare = all(isinstance(value, torch.Tensor) for value in top.values())
     keys = dict.fromkeys([""] if bare else map(str, top), 0)
     counted: set[str] = set()
-    with unreadable(archive.place, "its tree of modules"):
-        by_name = _tensors({"": checkpoint} if bare else top)
-    for (key, name), value in by_name.items():
-        size_of_values = value.numel() * value.element_size()
-        tensors.append(TensorInfo(key, name, tuple(value.shape), value.dtype, size_of_values))
-        fresh = ledger.keys_of(value) - counted
-        counted |= fresh
-        keys[key] += sum(archive.records[record].size for record in fresh)
+    for (key, _), records in hollow.records.items():
+        keys[key] += sum(archive.records[record].size for record in records - counted)
+        counted |= records
     metadata = find_metadata(archive)
     return Contents(
         place=redact(str(archive.place)),
@@ -145,8 +172,8 @@ def look_into(opened: Opened) -> Contents:
         epoch=_scalar(top, "epoch", int),
         global_step=_scalar(top, "global_step", int),
         keys=keys,
-        tensors=tuple(tensors),
-        classes=dict(sorted(names.items())),
+        tensors=infos_of(hollow),
+        classes=dict(sorted(hollow.names.items())),
         metadata=metadata,
         notes=archive.notes,
         bytes_moved=opened.bytes_moved,

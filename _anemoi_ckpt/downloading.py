@@ -5,8 +5,6 @@ download · ranks · part · checks
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import mmap
 import os
@@ -23,6 +21,7 @@ import filelock
 from attrs import field, frozen
 from zlib_ng import zlib_ng
 
+from _anemoi_ckpt.digests import hasher, strongest_first
 from _anemoi_ckpt.errors import (
     ChangedError,
     CheckpointError,
@@ -378,8 +377,6 @@ class _Part:
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────────
 
-_STRONGEST_FIRST = ("sha256", "sha512", "crc32c", "crc32", "md5")
-
 
 def _damage(part: _Part, transfer: Transfer) -> list[tuple[range, CorruptError]]:
     """List the extents that differ from the stored file, by all checksums that are known."""
@@ -396,9 +393,7 @@ def _damage(part: _Part, transfer: Transfer) -> list[tuple[range, CorruptError]]
             if damage:
                 return damage
         digests = part.version.digests if part.version else {}
-        checks = [
-            (name, digests[name], "of the place") for name in _STRONGEST_FIRST if name in digests
-        ]
+        checks = [(name, digest, "of the place") for name, digest in strongest_first(digests)]
         if transfer.sha256 is not None:
             checks.insert(0, ("sha256", bytes.fromhex(transfer.sha256), "asked for"))
         for name, digest, whose in checks:
@@ -414,15 +409,9 @@ def _damage(part: _Part, transfer: Transfer) -> list[tuple[range, CorruptError]]
 
 def _digest(name: str, data: memoryview) -> bytes | None:
     """Compute a digest; None if no installed package can."""
-    if name == "crc32":
-        return int(zlib_ng.crc32(data)).to_bytes(4, "big")
-    if name == "crc32c":
-        try:
-            digest = importlib.import_module("google_crc32c").Checksum()
-        except ImportError:
-            return None
-    else:
-        digest = hashlib.new(name, usedforsecurity=False)
+    digest = hasher(name)
+    if digest is None:
+        return None
     for start in range(0, len(data), CHUNK_BYTES):  # in chunks, so that an interrupt is noticed
-        digest.update(bytes(data[start : start + CHUNK_BYTES]))
-    return bytes(digest.digest())
+        digest.update(data[start : start + CHUNK_BYTES])
+    return digest.digest()
