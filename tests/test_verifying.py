@@ -249,12 +249,10 @@ def test_a_server_without_ranges(after: int, http_server: servers.HTTPServer, da
 
 def test_a_server_that_goes_away(http_server: servers.HTTPServer, data: bytes) -> None:
     uri = http_server.put("last.ckpt", data)
-    http_server.fault = lambda request: (
-        servers.Fault(delay=0.5, status=503)  # when the other parts wait for the first one
-        if str(request.headers.get("Range")).startswith("bytes=0-")
-        and len(http_server.log) > 2  # which are the first and the last block
-        else None
-    )
+    verify(uri)
+    first = next(part for part in asked(http_server)[3:] if part.startswith("bytes=0-"))
+    slow = servers.Fault(delay=0.5, status=503)  # meanwhile the other parts wait for this one
+    http_server.fault = lambda request: slow if request.headers.get("Range") == first else None
     with pytest.raises(UnreachableError):
         verify(uri, retries=0)
 
