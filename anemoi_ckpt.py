@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ from _anemoi_ckpt.errors import (
     UnsafeCheckpointError,
     redact,
 )
+from _anemoi_ckpt.finding import CHECKPOINTS, Entries, found, is_glob
 from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
@@ -91,6 +92,7 @@ from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
 from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
 from _anemoi_ckpt.planning import Strategy, applied
+from _anemoi_ckpt.previewing import Plan, previewed
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
@@ -116,6 +118,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "Contents",
     "CorruptError",
+    "Entries",
     "Entry",
     "Inert",
     "InertGlobal",
@@ -126,6 +129,7 @@ __all__ = [
     "MissingPackageError",
     "NotACheckpointError",
     "Page",
+    "Plan",
     "Report",
     "StreamURI",
     "UnreachableError",
@@ -135,6 +139,7 @@ __all__ = [
     "checkpoint_io",
     "download",
     "edit_metadata",
+    "find",
     "latest",
     "list_objects",
     "list_page",
@@ -148,6 +153,7 @@ __all__ = [
     "open_writer",
     "parse_uri",
     "peek",
+    "plan",
     "read_range",
     "read_version",
     "register_scheme",
@@ -286,6 +292,50 @@ def peek(
     return look_into(opened(locate(uri, transport), transport))
 
 
+@takes_strategies
+@public
+def plan(  # noqa: PLR0913 - by keyword
+    uri: Place,
+    *strategies: Strategy,
+    model: torch.nn.Module | None = None,
+    trust: bool | Sequence[Any] = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> Plan:
+    """Tell what a load would move, and what `load_into` would report; no tensor is moved.
+
+    The strategies run once, on the hollow checkpoint.
+
+    Args:
+        uri: where it is.
+        strategies: as for `load`.
+        model: what it would be loaded into: the plan then has the report. It is not modified.
+        trust: as for `load`.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`.
+
+    Raises:
+        TypeError: as `load`.
+        CheckpointError: as `load`, or as `load_into` where there is a model.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> place = save({"w": torch.zeros(500_000), "bias": torch.ones(2)}, path)
+    >>> [tensor.name for tensor in plan(path, strategies.exclude("w")).tensors]
+    ['bias']
+    """
+    transport = Transport(transport_params, retries, timeout)
+    if not isinstance(model, torch.nn.Module | None):
+        raise TypeError(f"model of plan is a module, not {type(model).__name__}")
+    may_run = checked("plan", uri, strategies, trust)
+    place = locate(uri, transport)
+    hook = None if model is None else find_hook(model, strategies)
+    terms = Terms(place.text, owned=True, hook=hook)
+    return previewed(opened(place, transport), strategies, may_run, model, terms)
+
+
 @public
 def verify(  # noqa: PLR0913 - by keyword
     uri: Place,
@@ -366,7 +416,7 @@ def list_objects(
     retries: int = RETRIES,
     timeout: float | None = None,
     transport_params: Params = None,
-) -> list[Entry]:
+) -> Entries:
     """List what is in a folder: of a disk, or of a bucket in S3, Google Cloud or Azure.
 
     Args:
@@ -390,9 +440,52 @@ def list_objects(
     ['last.ckpt']
     """
     transport = Transport(transport_params, retries, timeout)
+    return Entries(_listed(folder, transport, recursive=recursive))
+
+
+def _listed(
+    folder: str | os.PathLike[str] | URI, transport: Transport, *, recursive: bool
+) -> Iterator[Entry]:
     uri = parse_folder(folder)
     check_params(uri, transport.params)
-    return list(listed(uri, transport, recursive=recursive))
+    return listed(uri, transport, recursive=recursive)
+
+
+@public
+def find(
+    pattern: str | os.PathLike[str] | URI,
+    *,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> Entries:
+    """Find checkpoints by a glob: ``find("s3://bucket/run/**/*.ckpt")``.
+
+    The store is asked for what begins as the glob does up to its first wildcard.
+
+    Args:
+        pattern: a path or URL in which ``*`` stands for any characters of one name, ``?`` for one
+            (in a path; in a URL it begins a query), ``[ab]`` for one of some, and ``**`` for any
+            part of a path. That of a folder finds all checkpoints beneath it, told by their names.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`.
+
+    Returns:
+        What was found, in the order of the paths: a list, which prints as a table. Each entry can
+        be given to `load`, and to all that takes a place.
+
+    Raises:
+        CheckpointError: the folder or bucket cannot be listed.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> for epoch in (1, 2):
+    ...     place = save({"epoch": epoch}, f"{folder}/epoch={epoch}.ckpt")
+    >>> [load(entry)["epoch"] for entry in find(f"{folder}/**/epoch=*.ckpt")]
+    [1, 2]
+    """
+    return Entries(found(pattern, Transport(transport_params, retries, timeout)))
 
 
 @public
@@ -409,7 +502,7 @@ def latest(
     Its name ends with ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
 
     Args:
-        folder: as for `list_objects`.
+        folder: as for `list_objects`; or a glob, as for `find`.
         key: what the newest has the greatest of; when it was last written to, if none is given.
         retries: as for `load`.
         timeout: as for `load`.
@@ -425,27 +518,28 @@ def latest(
     >>> latest(folder).filename
     'last.ckpt'
     """
-    entries = list_objects(
-        folder, retries=retries, timeout=timeout, transport_params=transport_params
-    )
-    found = [
-        each for each in entries if each.uri.filename.endswith(_CHECKPOINTS) and not each.is_folder
-    ]
-    if not found:
+    transport = Transport(transport_params, retries, timeout)
+    if is_glob(folder):
+        entries = chosen = [*found(folder, transport)]
+    else:
+        entries = [*_listed(folder, transport, recursive=False)]
+        chosen = [
+            each
+            for each in entries
+            if each.uri.filename.endswith(CHECKPOINTS) and not each.is_folder
+        ]
+    if not chosen:
         names = [each.uri.filename for each in entries]
         raise CheckpointNotFoundError(
             parse_folder(folder),
             "there is no checkpoint in this folder",
             f"in it: {', '.join(names[:3])}" if names else "check the name: it is empty",
         )
-    return max(reversed(found), key=key or _last_written).uri
+    return max(reversed(chosen), key=key or _last_written).uri
 
 
 def _last_written(entry: Entry) -> Any:
     return entry.modified
-
-
-_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 # ── keep ──────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from _anemoi_ckpt.migrating import missing
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.inert import Inert, walk
 from _anemoi_ckpt.pickles.safe import BLANK
-from _anemoi_ckpt.tables import Table, folded, section, sized
+from _anemoi_ckpt.tables import Table, folded, plain, plain_fields, section, sized
 
 
 @frozen
@@ -30,6 +30,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int  # of its values; tied ones share them
+
+
+plain.register(TensorInfo, plain_fields)
 
 
 @frozen(repr=False, eq=False)

@@ -20,7 +20,7 @@ from attrs import evolve, frozen
 
 from _anemoi_ckpt.blocks import whole
 from _anemoi_ckpt.errors import redact
-from _anemoi_ckpt.formats import Record, check, crc_matches
+from _anemoi_ckpt.formats import Record, blank_storage, check, crc_matches
 from _anemoi_ckpt.formats.torch_zip import data_start
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
 from _anemoi_ckpt.places import Notify, UnrangedError
@@ -86,6 +86,16 @@ def fetched(
         except UnrangedError:
             _fetch_alone(_whole(source), wanted, notify)
     return storages
+
+
+def foreseen(
+    source: Source, records: Mapping[str, Record], spare: int = SPARE_BYTES
+) -> list[tuple[int, int]]:
+    """Tell which ranges `fetched` would ask for: the offset and length of each. Moves nothing."""
+    blank = {key: memory(blank_storage(each.size)) for key, each in records.items() if each.size}
+    wanted = _Wanted(records, blank, spare)
+    _, parts = _laid_out(wanted, part_bytes(source, sum(map(len, blank.values()))))
+    return [(offset, sum(len(view) for view, _ in pieces)) for offset, pieces in parts]
 
 
 def _allotted(source: Source, records: Mapping[str, Record]) -> dict[str, torch.UntypedStorage]:

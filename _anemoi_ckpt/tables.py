@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from attrs import fields
+
+from _anemoi_ckpt.errors import redact
 
 LINES = 6  # of a section, at most
 
@@ -32,6 +41,57 @@ class Table(ABC):
             for heading, line in self._rows()
         )
         return f"<table>{cells}</table>"
+
+    def as_dict(self) -> Any:
+        """Give the fields as plain data, which JSON has, too."""
+        return plain(self)
+
+
+@functools.singledispatch
+def plain(value: Any) -> Any:
+    """Give a value as dicts, lists, texts and numbers; what has no such form is printed."""
+    return redact(str(value))
+
+
+@plain.register(type(None))
+@plain.register(int)
+@plain.register(str)
+def _plain_scalar(value: Any) -> Any:
+    return value
+
+
+@plain.register
+def _plain_float(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no others
+
+
+@plain.register(Mapping)
+def _plain_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): plain(each) for key, each in value.items()}
+
+
+@plain.register(tuple)
+@plain.register(list)
+@plain.register(set)
+@plain.register(frozenset)
+def _plain_list(value: Iterable[Any]) -> list[Any]:
+    return [plain(each) for each in value]
+
+
+@plain.register
+def _plain_time(value: datetime) -> str:
+    return value.isoformat()
+
+
+@plain.register
+def _plain_dtype(value: torch.dtype) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@plain.register(Table)
+def plain_fields(value: Any) -> dict[str, Any]:
+    """Give the fields of a result."""
+    return {each.name: plain(getattr(value, each.name)) for each in fields(type(value))}
 
 
 def section(heading: str, lines: Sequence[str]) -> list[tuple[str, str]]:

@@ -91,11 +91,11 @@ _SCHEME = re.compile(  # MLflow's own are followed by one slash
 )
 
 
-def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
+def parse_uri(place: str | os.PathLike[str] | URI | Entry) -> URI:
     """Tell what kind of place a text names.
 
     Args:
-        place: a path, a URL, or a URI that was parsed before.
+        place: a path, a URL, a URI that was parsed before, or what a listing tells of an object.
 
     Raises:
         TypeError: the place is neither text nor a path.
@@ -109,6 +109,8 @@ def parse_uri(place: str | os.PathLike[str] | URI) -> URI:
     """
     if isinstance(place, URI):
         return place
+    if isinstance(place, Entry):
+        return place.uri
     if not isinstance(place, str | os.PathLike):
         raise TypeError(
             "where a checkpoint is, is a text or a path, such as 's3://bucket/last.ckpt', not"

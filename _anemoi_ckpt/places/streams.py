@@ -12,6 +12,7 @@ from attrs import field, frozen
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
     Params,
     UnrangedError,
     Version,
@@ -22,7 +23,7 @@ from _anemoi_ckpt.places import (
 )
 from _anemoi_ckpt.places.explained import explained
 
-Place: TypeAlias = "str | os.PathLike[str] | URI | BinaryIO"
+Place: TypeAlias = "str | os.PathLike[str] | URI | Entry | BinaryIO"
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -55,7 +56,7 @@ _FILES = (io.FileIO, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
 
 def is_stream(place: object) -> bool:
     """Tell whether something is an open file, rather than the name of one."""
-    return hasattr(place, "read") and not isinstance(place, str | os.PathLike | URI)
+    return hasattr(place, "read") and not isinstance(place, str | os.PathLike | URI | Entry)
 
 
 def parse_stream(stream: Any) -> StreamURI:
