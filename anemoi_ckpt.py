@@ -35,6 +35,7 @@ from _anemoi_ckpt import metadata as _metadata
 from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
 from _anemoi_ckpt.calls import public
 from _anemoi_ckpt.contents import Contents, look_into
+from _anemoi_ckpt.differing import Difference, Side, compared, in_memory, stored
 from _anemoi_ckpt.downloading import (
     Transfer,
     download_shared,
@@ -118,6 +119,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "Contents",
     "CorruptError",
+    "Difference",
     "Entries",
     "Entry",
     "Inert",
@@ -137,6 +139,7 @@ __all__ = [
     "Verified",
     "Version",
     "checkpoint_io",
+    "diff",
     "download",
     "edit_metadata",
     "find",
@@ -334,6 +337,66 @@ def plan(  # noqa: PLR0913 - by keyword
     hook = None if model is None else find_hook(model, strategies)
     terms = Terms(place.text, owned=True, hook=hook)
     return previewed(opened(place, transport), strategies, may_run, model, terms)
+
+
+@takes_strategies
+@public
+def diff(  # noqa: PLR0913 - by keyword
+    a: Place | Mapping[str, Any] | Inert | torch.nn.Module,
+    b: Place | Mapping[str, Any] | Inert | torch.nn.Module,
+    *strategies: Strategy,
+    values: bool = False,
+    trust: bool | Sequence[Any] = False,
+    retries: int = RETRIES,
+    timeout: float | None = None,
+    transport_params: Params = None,
+) -> Difference:
+    """Tell how two checkpoints differ, without moving a tensor.
+
+    Tensors are compared by the CRC-32 and layout of their records, and all else by value. Where
+    there are no CRCs (safetensors, torch before 1.6), or tensors are laid out differently, the
+    values have to be asked for.
+
+    ``diff("s3://bucket/before.ckpt", "s3://bucket/after.ckpt", weights, include("encoder")).same``
+    tells whether a frozen encoder stayed frozen.
+
+    Args:
+        a: where one is, or a checkpoint, state dict or model in memory.
+        b: likewise. A side without tensors beside the weights, such as a model, is compared by
+            its weights alone.
+        strategies: what both are put through.
+        values: fetch what differs or may differ, and tell how far it is apart.
+        trust: as for `load`.
+        retries: as for `load`.
+        timeout: as for `load`.
+        transport_params: as for `load`, of both sides.
+
+    Returns:
+        What differs. It is true in a condition if anything does, or may.
+
+    Raises:
+        TypeError: as `load`.
+        CheckpointError: as `load`.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/last.ckpt"
+    >>> place = save({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, path)
+    >>> found = diff(path, {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, values=True)
+    >>> found.equal, found.changed, found.norms["bias"].max
+    (('weight',), ('bias',), 1.0)
+    """
+    transport = Transport(transport_params, retries, timeout)
+    places = [_held_or_placed(each) for each in (a, b)]
+    for _, place in places:
+        may_run = checked("diff", place, strategies, trust)
+
+    def side(held: Any, place: URI) -> Side:
+        if held is not None:
+            return in_memory(held, type(held).__name__, strategies)
+        return stored(opened(locate(place, transport), transport), strategies, may_run)
+
+    one, other = (side(*each) for each in places)
+    return compared(one, other, values=values)
 
 
 @public

@@ -56,6 +56,7 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, tuple[StorageWeakRef, set[str]]] = {}
         self.asked: set[str] = set()  # records whose values were asked for
         self.living: set[str] = set()  # records that storages had their values from by then
+        self.written: set[str] = set()  # records on whose storages something was written
         self._awaited: set[str] = set()  # records whose values a real tensor was to get
 
     def enter(self, storage: Any, keys: Iterable[str]) -> None:
@@ -113,6 +114,7 @@ class Ledger(TorchDispatchMode):
         if not keys:
             return func(*args, **kwargs)
         written = list(_tensors(_written(func, args, kwargs)))
+        self.written |= self.keys_of(*written)
         if any(tensor.is_meta for tensor in tensors):
             # a real tensor stays as it is: its values come in a later round
             if not all(tensor.is_meta for tensor in written):

@@ -65,7 +65,7 @@ def loaded(
             return ranks.together(lambda: alone(names, progress))
         place = functools.partial(locate, uri, transport)
         checkpoint = opened_by_ranks(place, transport, progress, ranks)
-        return _completed(checkpoint, strategies, names, progress, ranks)
+        return completed(checkpoint, strategies, names, progress, ranks)
 
 
 def checked(
@@ -120,15 +120,15 @@ def _loaded_alone(
     place = locate(uri, transport)
     try:
         checkpoint = opened(place, transport, progress)
-        return _completed(checkpoint, strategies, trust, progress)
+        return completed(checkpoint, strategies, trust, progress)
     except CorruptError:
         if not transport.cached:
             raise
     checkpoint = opened(place, transport, progress, fresh=True)  # damaged since its download
-    return _completed(checkpoint, strategies, trust, progress)
+    return completed(checkpoint, strategies, trust, progress)
 
 
-def _completed(
+def completed(
     checkpoint: Opened,
     strategies: Sequence[Strategy],
     trust: Trust,

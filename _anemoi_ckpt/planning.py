@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from _anemoi_ckpt.errors import UNPLACED, CheckpointError, redact
 from _anemoi_ckpt.formats import Archive
@@ -31,6 +31,7 @@ class Planned:
 
     result: Any  # hollow as long as it needs any
     needed: frozenset[str]  # keys of `Archive.records`
+    ledger: Ledger = field(factory=Ledger, repr=False)  # of the tensors in the result
 
 
 def planned(
@@ -84,7 +85,7 @@ def planned(
     needed = _living(ledger, result)
     if not needed and _has_hollow(result):
         needed = absent
-    return Planned(result, needed)
+    return Planned(result, needed, ledger)
 
 
 def random_states() -> Callable[[], None]:
