@@ -80,6 +80,7 @@ from _anemoi_ckpt.tensors import (
     casts_to,
     change_tensors,
     drops_parts,
+    is_finite,
     is_strided,
     resized,
     select,
@@ -118,6 +119,7 @@ __all__ = [
     "prefer_ema",
     "refresh_processors",
     "rename",
+    "require_finite",
     "require_match",
     "require_variables",
     "reset_progress",
@@ -471,6 +473,35 @@ def require_match(model: Model, *, missing: bool = True, unexpected: bool = True
         return state_dict
 
     return refuse_misplaced(model, required)
+
+
+@on_weights
+def _with_finite_values(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    tensors = {name: t for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    wrong = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if wrong:
+        raise MismatchError(
+            UNPLACED,
+            f"NaN or infinity in {few(wrong)}",
+            "verify(…, values=True) counts",
+        )
+    return state_dict
+
+
+def require_finite(checkpoint: Any) -> Any:
+    """Refuse weights with values that are NaN or infinite; the error names them.
+
+    Raises:
+        ValueError: there are such weights, or the checkpoint has no state dict.
+
+    >>> require_finite({"a": torch.ones(2), "b": torch.tensor([float("nan")])})
+    Traceback (most recent call last):
+        ...
+    anemoi_ckpt.MismatchError: the checkpoint: NaN or infinity in b; verify(…, values=True) counts
+
+    See Also: require_match
+    """
+    return _with_finite_values(checkpoint)
 
 
 @factory

@@ -5,13 +5,15 @@ standard library alone, since `strategies` stands on it.
 
 - ``cli``: the command line.
 - ``trainers``: what plugs into Lightning's Trainer and anemoi-training.
+- ``differing``, ``previewing``, ``verifying``, ``finding``: how two checkpoints differ, what a load
+  would move, whether an object is whole, and which there are.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
 - ``saving``, ``metadata``, ``editing``: a checkpoint → a place; what Anemoi writes into its
   checkpoints; one record of an archive, without the others.
 - ``planning``: an open checkpoint and strategies → their result, and the records it still needs.
 - ``opening``, ``fetching``: a place → an open checkpoint; its records → storages, checked.
-- ``cache``, ``downloading``: whole files, to a disk.
+- ``cache``, ``downloading``, ``digests``: whole files, to a disk.
 - ``blocks``: a file whose first and last bytes came at once, which reads on from there.
 - ``installing``, ``matching``: a state dict → a model, all of it or nothing; ``hooks``: what else
   its own hook takes from a checkpoint.

@@ -13,7 +13,7 @@ from _anemoi_ckpt.anatomy import OPTIMIZER, WEIGHTS, is_module, path_to_weights,
 from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, unreadable
 from _anemoi_ckpt.hollow import HollowError, Ledger, build
-from _anemoi_ckpt.metadata import find_metadata
+from _anemoi_ckpt.metadata import NOTE, find_metadata
 from _anemoi_ckpt.migrating import missing
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.inert import Inert, walk
@@ -178,7 +178,7 @@ def look_into(opened: Opened) -> Contents:
         tensors=infos_of(hollow),
         classes=dict(sorted(hollow.names.items())),
         metadata=metadata,
-        notes=archive.notes,
+        notes={name: text for name, text in archive.notes.items() if name != NOTE},
         bytes_moved=opened.bytes_moved,
         parts=_parts_of(top),
         migrations=missing(top),

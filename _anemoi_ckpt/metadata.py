@@ -22,6 +22,7 @@ from _anemoi_ckpt.opening import Opened
 
 _ROOT = "archive"  # what torch calls the folder in an archive that is written to a stream
 _NAMES = ("anemoi.json", "ai-models.json")  # the second one: before 2024
+NOTE = "anemoi.json"  # where safetensors' own metadata have it
 _FOLDER = "anemoi-metadata"
 _MEMBER = f"{_FOLDER}/anemoi.json"
 _ARRAY = {"path", "shape", "dtype"}
@@ -102,11 +103,15 @@ def find_metadata(archive: Archive) -> dict[str, Any] | None:
     Raises:
         CorruptError: there are two, or it is not JSON.
     """
+    noted = archive.notes.get(NOTE)
     record = _metadata_record(archive)
-    if record is None or archive.file is None:
+    if noted is not None:
+        name, text = NOTE, noted.encode()
+    elif record is not None and archive.file is not None:
+        name, text = record.name, read_record(archive.place, archive.file, record)
+    else:
         return None
-    text = read_record(archive.place, archive.file, record)
-    with unreadable(archive.place, f"its {record.name}"):
+    with unreadable(archive.place, f"its {name}"):
         return dict(read_json(text))
 
 
@@ -179,6 +184,14 @@ def embedded_new(metadata: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict
 
     paths = described(arrays, _FOLDER)
     return {_MEMBER: as_json({**metadata, "supporting_arrays_paths": paths}), **records}
+
+
+def as_notes(members: Mapping[str, Any]) -> dict[str, str]:
+    """Give what safetensors' own metadata say of records for a torch zip: they hold no arrays."""
+    if _MEMBER not in members:
+        return {}
+    told = {**read_json(members[_MEMBER]), "supporting_arrays_paths": {}}
+    return {NOTE: json.dumps(told)}
 
 
 def as_json(metadata: Any) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from _anemoi_ckpt.errors import CheckpointError
 from _anemoi_ckpt.formats.safetensors import write_safetensors
 from _anemoi_ckpt.formats.torch_zip import write_zip
+from _anemoi_ckpt.metadata import as_notes
 from _anemoi_ckpt.opening import compression
 from _anemoi_ckpt.places import URI, Params, imported, open_writer
 from _anemoi_ckpt.places.explained import links
@@ -23,7 +24,8 @@ def write_checkpoint(
     Args:
         checkpoint: what to write.
         place: where to; the ending of its name tells format and compression.
-        members: more records of a torch zip, by name beneath the archive's root.
+        members: more records of a torch zip, by name beneath the archive's root; of these,
+            safetensors get Anemoi's metadata, without its arrays.
         transport_params: as for `open_stream`.
 
     Raises:
@@ -31,7 +33,8 @@ def write_checkpoint(
     """
     suffix = compression(place)
     zipped = functools.partial(write_zip, members=members)
-    write = write_safetensors if is_safetensors(place) else zipped
+    noted = functools.partial(write_safetensors, notes=as_notes(members))
+    write = noted if is_safetensors(place) else zipped
     with open_writer(place, transport_params) as stream, _explained(place):
         if suffix:
             wrapper = imported("smart_open.compression", place).compression_wrapper

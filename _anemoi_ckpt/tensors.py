@@ -39,6 +39,22 @@ def is_inexact(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether no value of a tensor is NaN or infinite."""
+    if not is_inexact(tensor) or tensor.dtype in ALL_FINITE:
+        return True
+    return bool(not_finite(tensor if is_strided(tensor) else tensor.to_dense()) == 0)
+
+
+def not_finite(values: torch.Tensor) -> int:
+    """Count the values of a dense, floating-point or complex tensor that are NaN or infinite."""
+    wide = values.float() if values.dtype.itemsize == 1 else values  # torch has no others for it
+    return int(wide.isfinite().logical_not().sum())
+
+
+ALL_FINITE = {getattr(torch, "float4_e2m1fn_x2", None)}  # dtypes without NaN and infinity
+
+
 def view_key(tensor: torch.Tensor) -> Hashable:
     """Give a key that is equal for tensors that are the same view of the same memory."""
     with without_modes():  # a hollow tensor has a storage, too

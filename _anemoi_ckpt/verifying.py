@@ -34,13 +34,13 @@ from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress, shown
 from _anemoi_ckpt.tables import Table, section, sized
+from _anemoi_ckpt.tensors import ALL_FINITE, not_finite
 from _anemoi_ckpt.transport import PART_BYTES, Source, Transport, find_version
 
 _HELD_BYTES = 64 * 1024**2  # of parts, at most, that are in memory at once
 _LEAST_BYTES = 1024**2  # of a part
 
 _WAIT_SECONDS = 0.1  # for another part's turn, before the stop is looked at
-_ALL_FINITE = {getattr(torch, "float4_e2m1fn_x2", None)}  # dtypes without NaN and infinity
 _T = TypeVar("_T")
 _Reading = Generator[int, memoryview, _T]  # asks for at most so many bytes, and is sent some
 
@@ -367,7 +367,7 @@ def _read_alone(source: Source, offset: int, reading: _Reading[_T]) -> _T:
 def _count_not_finite(rest: bytes, view: memoryview, wanted: _Wanted) -> tuple[int, bytes]:
     """Count the values that are NaN or infinite; give the bytes of one that is cut, too."""
     dtype = wanted.dtype
-    if dtype is None or not (dtype.is_floating_point or dtype.is_complex) or dtype in _ALL_FINITE:
+    if dtype is None or not (dtype.is_floating_point or dtype.is_complex) or dtype in ALL_FINITE:
         return 0, b""
     data = memoryview(bytearray(rest + view)) if rest else view
     whole = len(data) - len(data) % dtype.itemsize
@@ -377,5 +377,4 @@ def _count_not_finite(rest: bytes, view: memoryview, wanted: _Wanted) -> tuple[i
     if wanted.swapped:
         values = values.clone()
         values.untyped_storage().byteswap(dtype)
-    finite = (values.float() if dtype.itemsize == 1 else values).isfinite()
-    return int(finite.logical_not().sum()), bytes(data[whole:])
+    return not_finite(values), bytes(data[whole:])

@@ -264,6 +264,25 @@ def test_metadata_are_compared_as_a_tree(tmp_path: Path) -> None:
     assert found.equal == ("w",)
 
 
+def test_entries_of_other_types(tmp_path: Path) -> None:
+    """Inert objects and arrays are compared by what they hold."""
+    for name, rate in (("a", 0.1), ("b", 0.1), ("c", 0.2)):
+        held = Settings(rate)
+        torch.save({"w": torch.ones(2), "held": held, "at": rate}, tmp_path / f"{name}.ckpt")
+    assert diff(tmp_path / "a.ckpt", tmp_path / "b.ckpt").same
+    found = diff(tmp_path / "a.ckpt", tmp_path / "c.ckpt")
+    assert "at" in found.entries
+    assert any(name.startswith("held") for name in found.entries)
+    assert diff(tmp_path / "a.ckpt", tmp_path / "b.ckpt", trust=[Settings]).same
+
+
+class Settings:
+    """As it prints, it shows where it is in memory."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+
 def test_long_entries_are_cut_and_secrets_hidden(tmp_path: Path) -> None:
     save({"w": torch.ones(2), "path": "s3://b/k?sig=c2VjcmV0"}, tmp_path / "a.ckpt")
     save({"w": torch.ones(2), "path": "x" * 100, "nan": float("nan")}, tmp_path / "b.ckpt")

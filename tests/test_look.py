@@ -457,5 +457,7 @@ def test_errors_of_the_command_line_are_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["unknown"])
     assert caught.value.code == 2
-    monkeypatch.setattr(anemoi_ckpt, "peek", lambda uri: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        anemoi_ckpt, "peek", lambda uri, **_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert main(["peek", source]) == 130

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import needs
 import servers
 import strategies
-from anemoi_ckpt import load, load_into
+from anemoi_ckpt import MismatchError, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, odd_checkpoint, quiet_trainer
 from strategies import (
     Strategy,
@@ -42,6 +42,7 @@ from strategies import (
     prefer_ema,
     refresh_processors,
     rename,
+    require_finite,
     require_match,
     require_variables,
     reset_progress,
@@ -648,6 +649,24 @@ def test_filter_shapes_keeps_what_fits() -> None:
 def test_a_hollow_model_has_shapes_too() -> None:
     model = nn.Linear(2, 3, device="meta")
     assert list(filter_shapes(model)({"weight": torch.ones(3, 2)})) == ["weight"]
+
+
+def test_require_finite_names_what_is_not(tmp_path: Path) -> None:
+    odd = {
+        "nan": torch.tensor([1.0, float("nan")]),
+        "inf": torch.tensor(float("-inf"), dtype=torch.bfloat16),
+        "eight": torch.tensor([float("nan")]).to(torch.float8_e5m2),
+        "sparse": torch.tensor([[0.0, float("inf")]]).to_sparse(),
+        "complex": torch.tensor([complex(1, float("nan"))]),
+    }
+    good = {"a": torch.ones(3), "n": torch.arange(3), "flag": torch.tensor(True)}
+    path = tmp_path / "a.ckpt"
+    for name, wrong in odd.items():
+        torch.save({"state_dict": {**good, name: wrong}, "epoch": 1}, path)
+        with pytest.raises(MismatchError, match=f"infinity in {name};"):
+            load(path, require_finite)
+    torch.save({"state_dict": good, "epoch": 1}, path)
+    assert_same(load(path, require_finite), {"state_dict": good, "epoch": 1})
 
 
 def test_require_match_tells_all_at_once() -> None:

@@ -143,15 +143,23 @@ class _Kind:
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(checkpoint: Any, stream: BinaryIO) -> None:
+def write_safetensors(
+    checkpoint: Any, stream: BinaryIO, notes: Mapping[str, str] | None = None
+) -> None:
     """Write a state dict as safetensors, tensor by tensor.
+
+    Args:
+        checkpoint: what to write.
+        stream: need not be seekable.
+        notes: what the file is to say of itself.
 
     Raises:
         ValueError: it holds more than tensors by name, or a type that the format has no name for.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"safetensors holds tensors by name, not a {type(checkpoint).__name__}")  # noqa: TRY004 - one kind of error for what does not fit the format
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as torch's own writers have it
+    told = {"format": "pt", **(notes or {})}  # as torch's own writers have it
+    header: dict[str, Any] = {"__metadata__": told}
     end = 0
     for name, value in checkpoint.items():
         if not isinstance(value, torch.Tensor) or value.dtype not in _DTYPE_NAMES:
