@@ -160,7 +160,7 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
     commands = re.findall(r"^anemoi-ckpt (.*)$", README, re.MULTILINE)
     for command in commands:
         assert main(shlex.split(stores(command), comments=True)) == 0, capsys.readouterr().err
-    assert len(commands) == 6
+    assert len(commands) == 9
     assert load("light.safetensors")["head.weight"].dtype is torch.bfloat16
     assert list(load(stores("gs://bucket/encoder.ckpt"), strategies.weights)) == [
         "encoder.weight",
