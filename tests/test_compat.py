@@ -223,8 +223,8 @@ HOSTILE_NESTED = {
 @pytest.mark.parametrize("lie", HOSTILE_NESTED)
 def test_a_nested_tensor_whose_sizes_lie_is_corrupt(tmp_path: Path, lie: str, legacy: bool) -> None:
     path = written(tmp_path / "a.ckpt", {"n": HOSTILE_NESTED[lie]}, legacy=legacy)
-    for trust in (False, True):
-        with pytest.raises(CorruptError, match="its pickle cannot be read"):
+    for trust in (False, True):  # by our check: not every torch has one of its own
+        with pytest.raises(CorruptError, match=r"a nested tensor (with a part|whose sizes)"):
             load(path, trust=trust)
 
 

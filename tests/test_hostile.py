@@ -483,6 +483,28 @@ def test_safetensors_that_lie(tmp_path: Path, lie: str) -> None:
     refused(tmp_path / "a", tensors(LIES[lie], bytes(16)), "its header cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ("overlap", "'b' is not as long as its shape, or stands in a gap"),
+        ("terabytes", "it describes"),
+        ("negative shape", "is no shape"),
+        ("huge shape", "is no shape"),
+        ("huge shape of nothing", "is no shape"),
+        ("floating shape", "is no shape"),
+        ("true", "is no shape"),
+        ("twice", "a name stands there twice"),
+    ],
+)
+def test_the_lie_of_safetensors_is_named(tmp_path: Path, lie: str, said: str) -> None:
+    refused(tmp_path / "a", tensors(LIES[lie], bytes(16)), said)
+
+
+def test_safetensors_shorter_than_their_shape(tmp_path: Path) -> None:
+    header = {"a": entry("F32", (4,), (0, 8)), "b": entry("F32", (2,), (8, 16))}
+    refused(tmp_path / "a", tensors(header, bytes(16)), "'a' is not as long as its shape")
+
+
 @pytest.mark.parametrize("header", ["[]", "3", '"a"', "[" * 1000, "NaN"])
 def test_a_header_that_is_no_dict(tmp_path: Path, header: str) -> None:
     with pytest.raises(NotACheckpointError):

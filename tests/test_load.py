@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -680,9 +681,14 @@ def test_trust_runs_real_classes(tmp_path: Path) -> None:
         assert full["b"].getstate() == generator.getstate()
 
 
-def test_a_trust_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"one of 'random\.Random'"):
-        load(tmp_path / "a.ckpt", trust=["random.Random"])
+@pytest.mark.parametrize(
+    "item",
+    ["random.Random", functools.partial(int), (n for n in ())],
+    ids=["text", "a function without a name", "a name that is no function"],
+)
+def test_a_trust_that_is_none(tmp_path: Path, item: object) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"a list of classes, not one of {item!r}")):
+        load(tmp_path / "a.ckpt", trust=[item])
 
 
 def edited(data: bytes, edit: Callable[[dict[str, bytes]], object]) -> bytes:

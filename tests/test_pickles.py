@@ -1058,6 +1058,40 @@ def legacy(data: bytes) -> bytes:
     return magic + version + system + data + keys
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a call of a number", "a call of a int"),
+        ("a call with a list", "a call whose arguments are no tuple"),
+        ("a name of two lines", "a global whose name is no name"),
+        ("items set on a tuple", "items set on a tuple"),
+        ("items appended to a dict", "items appended to a dict"),
+        ("items added to a list", "items added to a list"),
+    ],
+)
+def test_what_is_wrong_with_a_pickle_is_named(name: str, said: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=said):
+        unpickle(io.BytesIO(HOSTILE[name]), none, trusted(False))
+
+
+@pytest.mark.parametrize("function", [("_codecs", "encode"), ("builtins", "bytearray")])
+def test_text_in_another_encoding_stays_data(function: tuple[str, str]) -> None:
+    for encoding in ("utf-16", "punycode", "rot13"):
+        data = b"\x80\x02" + call(*function, text("a") + text(encoding)) + b"."
+        assert isinstance(unpickle(io.BytesIO(data), none, trusted(False)), Inert)
+
+
+def test_a_default_that_is_no_empty_container_stays_data() -> None:
+    data = b"\x80\x02" + call("collections", "defaultdict", b"ctorch\nSize\n") + b"."
+    assert isinstance(unpickle(io.BytesIO(data), none, trusted(False)), Inert)
+
+
+def test_items_are_set_on_no_namespace() -> None:
+    data = b"\x80\x02" + call("types", "SimpleNamespace", b"") + b"K\x01K\x02s."
+    with pytest.raises(pickle.UnpicklingError, match="items set on a SimpleNamespace"):
+        unpickle(io.BytesIO(data), none, trusted(False))
+
+
 @pytest.mark.parametrize("form", [archived, legacy])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_of_a_hostile_pickle_runs(

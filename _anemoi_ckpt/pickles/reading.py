@@ -305,7 +305,8 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
                 if frees_recursively(made) and not isinstance(made, np.ndarray):  # of data, so far
                     self._fragile.append(made)
                 return made
-        if name in known() and name not in PLAIN:
+        # what encodes makes only latin-1, above: others are imported by name, and one has no end
+        if name in known() and name not in PLAIN and name != "_codecs.encode":
             made = _made_by_torch(func, args)
             if made is not NOTHING:
                 return made
