@@ -69,7 +69,15 @@ class OldTextError(ValueError):
 
 
 class TrustedCodeError(Exception):
-    """Code that a pickle names, and that is trusted, raised an error, which is the cause."""
+    """Code that a pickle names, and that is trusted, raised an error, which is the cause.
+
+    `inert` is the first of what the code was given that is not trusted, if any.
+    """
+
+    def __init__(self, name: str, inert: Inert | InertGlobal | None = None) -> None:
+        """Take the name of the code."""
+        super().__init__(name)
+        self.inert = inert
 
 
 def trusted(trust: Any) -> Trust:
@@ -86,10 +94,13 @@ def trusted(trust: Any) -> Trust:
         return trust
     named = {}
     for item in trust:
-        each, name = item if isinstance(item, tuple) else (item, None)
-        if not callable(each) or not hasattr(each, "__qualname__"):
-            raise TypeError(f"trust is True, False, or a list of classes, not one of {item!r}")
-        named[name or f"{each.__module__}.{each.__qualname__}"] = each
+        match item:
+            case (each, str(name)):
+                named[name] = each
+            case each if callable(each) and hasattr(each, "__qualname__"):
+                named[f"{each.__module__}.{each.__qualname__}"] = each
+            case _:
+                raise TypeError(f"trust is True, False, or a list of classes, not one of {item!r}")
     return named
 
 
@@ -189,14 +200,16 @@ def _raised_in(trace: TracebackType | None) -> str:
 
 
 @contextmanager
-def _running() -> Iterator[None]:
-    """Tell what trusted code raises from what is wrong with a pickle."""
+def _running(given: Any) -> Iterator[None]:
+    """Tell what trusted code raises, when it is given this, from what is wrong with a pickle."""
     try:
         yield
     except (MemoryError, RecursionError, pickle.UnpicklingError):
         raise
     except Exception as err:
-        raise TrustedCodeError(_raised_in(err.__traceback__)) from err
+        parts = [given, *(given if isinstance(given, tuple | list) else ())]
+        inert = next((each for each in parts if isinstance(each, Inert | InertGlobal)), None)
+        raise TrustedCodeError(_raised_in(err.__traceback__), inert) from err
 
 
 _PYTHON_MACHINE: Any = pickle._Unpickler  # typeshed does not have it
@@ -286,7 +299,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if type(args) is not tuple:
             raise pickle.UnpicklingError("a call whose arguments are no tuple")
         name = func.full_name if isinstance(func, InertGlobal) else known_names().get(id(func), "")
-        if not name and not isinstance(func, Inert):
+        if not name and not isinstance(func, Inert) and not callable(func):  # by trusted code
             raise pickle.UnpicklingError(f"a call of a {type(func).__name__}")
         self._costs.check_call(name, args)
         for make in (self._made_by_trusted, _made_plain):
@@ -313,7 +326,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             return object.__new__(args[0]) if self._is_trusted(args[0]) else NOTHING
         if name == "torch._tensor._rebuild_from_type_v2" and self._is_trusted(args[0]):
             rebuild, cls, given, state = args
-            with _running():
+            with _running(given):
                 if isinstance(cls, InertGlobal):
                     return Inert(REBUILD_SUBCLASS, (rebuild(*given), cls, state))
                 return torch._tensor._rebuild_from_type_v2(*args)
@@ -338,14 +351,14 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if func is getattr and type(args) is tuple and isinstance(args[0], InertGlobal):
             func = _GETATTR  # of what nobody trusts
         if self._is_trusted(func):
-            with _running():
+            with _running(args):
                 super().load_reduce()
         else:
             self.stack[-2:] = [self._make(func, args)]
 
     def _new_object(self) -> None:
         if self._is_trusted(self.stack[-2]):
-            with _running():
+            with _running(self.stack[-1]):
                 super().load_newobj()
         else:
             args = self.stack.pop()
@@ -353,7 +366,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
 
     def _new_object_ex(self) -> None:
         if self._is_trusted(self.stack[-3]):
-            with _running():
+            with _running(self.stack[-2]):
                 super().load_newobj_ex()
         else:
             kwargs, args = self.stack.pop(), self.stack.pop()
@@ -362,7 +375,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _instantiate(self, cls: Any, args: list[Any]) -> None:
         """Serve INST and OBJ, of protocols 0 and 1."""
         if self._is_trusted(cls):
-            with _running():
+            with _running(args):
                 super()._instantiate(cls, args)
         else:
             self.stack.append(self._make(cls, tuple(args)))
@@ -371,7 +384,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         obj = self.stack[-2]
         kind: Any = type(obj)
         if self._is_trusted(kind):
-            with _running():
+            with _running(self.stack[-1]):
                 super().load_build()
             return
         state = self.stack.pop()
@@ -413,7 +426,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if not (issubclass(kind, Inert) or kind in ITEM_TYPES or self._is_trusted(kind)):
             raise pickle.UnpicklingError(f"items set on a {type(target).__name__}")
         pairs = target._inert_pairs if isinstance(target, Inert) else target
-        with _running() if self._is_trusted(kind) else nullcontext():
+        with _running(items) if self._is_trusted(kind) else nullcontext():
             self._costs.check_keys(pairs, items[::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
                 pairs[key] = value
@@ -423,11 +436,14 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert):
-            target = target._inert_items
-        elif type(target) not in LIST_TYPES and not self._is_trusted(type(target)):
-            raise pickle.UnpicklingError(f"items appended to a {type(target).__name__}")
-        with _running() if self._is_trusted(type(target)) else nullcontext():
+            target._inert_items.extend(items)
+        elif type(target) in LIST_TYPES:
             target.extend(items)
+        elif self._is_trusted(type(target)):
+            with _running(items):
+                _append_all(target, items)
+        else:
+            raise pickle.UnpicklingError(f"items appended to a {type(target).__name__}")
 
     def _add_items(self) -> None:
         items, target = self.pop_mark(), self.stack[-1]
@@ -463,6 +479,15 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         pickle.DICT[0]: _make_dict,
         pickle.BYTEARRAY8[0]: _bytearray8,
     }
+
+
+def _append_all(target: Any, items: list[Any]) -> None:
+    """Append items to an object as Python's unpickler in C does."""
+    if hasattr(target, "extend"):
+        target.extend(items)
+    else:
+        for item in items:
+            target.append(item)
 
 
 def _checked_position(data: Any, position: Any, attributes: Any) -> tuple[bytes, int, None]:
