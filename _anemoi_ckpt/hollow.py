@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from _anemoi_ckpt.compat import casts_by_itself, without_dispatch, without_modes
 from _anemoi_ckpt.errors import CheckpointError, CorruptError
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, storage_id, unreadable
-from _anemoi_ckpt.pickles.reading import Trust, TrustedCodeError
+from _anemoi_ckpt.pickles.reading import Trust
 from _anemoi_ckpt.pickles.safe import BLANK
 
 # ── ledger ────────────────────────────────────────────────────────────────────────────────────
@@ -193,13 +193,25 @@ def _storages(tensor: torch.Tensor) -> list[Any]:
     return [part.untyped_storage() for part in parts]
 
 
+# What torch's errors say of a tensor on meta; the last comes of set_state of a random generator.
+_BLAMED = r"\bmeta\b|unallocated storage|must be a torch\.\w+Tensor"
+
+
 def _asks_for_values(err: BaseException) -> bool:
     """Tell whether an error came of a tensor's being on the meta device."""
     if isinstance(err, HollowError | NotImplementedError):
         return True
     by_torch = isinstance(err, RuntimeError | TypeError | ValueError | BufferError)
-    message = re.search(r"\bmeta\b|unallocated storage", str(err), re.IGNORECASE)
+    message = re.search(_BLAMED, str(err), re.IGNORECASE)
     return by_torch and not isinstance(err, CheckpointError) and message is not None
+
+
+def _causes(err: BaseException) -> Iterator[BaseException]:
+    """Give the errors that an error came of: trusted code may hide that it asked for values."""
+    cause = err.__cause__ or err.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 # ── questions ─────────────────────────────────────────────────────────────────────────────────
@@ -494,12 +506,7 @@ def build(
         with unreadable(archive.place, "its pickle"):
             return archive.assemble(storage_of, trust, {} if names is None else names)
     except CheckpointError as err:
-        cause = err.__cause__
-        if isinstance(cause, TrustedCodeError):  # which may have asked for values
-            cause = cause.__cause__ or cause
-        is_hollow = isinstance(cause, RuntimeError) or (
-            isinstance(cause, Exception) and _asks_for_values(cause)
-        )
+        is_hollow = any(isinstance(e, RuntimeError) or _asks_for_values(e) for e in _causes(err))
         if is_hollow and len(storages) < len(archive.records):
             raise HollowError(err) from err
         raise

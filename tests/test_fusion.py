@@ -567,6 +567,18 @@ STRATEGIES = {
 }
 
 
+def test_the_state_of_a_random_generator(path: Path, tmp_path: Path) -> None:
+    """torch does not say that it is on meta, but that it is no ByteTensor."""
+    generator = torch.Generator().manual_seed(7)
+    save({"rng": generator.get_state(), "w": torch.ones(2)}, tmp_path / "a")
+    drawn = torch.rand(3, generator=generator)
+
+    def draw(checkpoint: Any) -> Any:
+        return torch.rand(3, generator=torch.Generator().set_state(checkpoint["rng"]))
+
+    assert_same(load(tmp_path / "a", draw), drawn)
+
+
 def outcome(run: Callable[[], Any]) -> Any:
     try:
         return run()

@@ -668,6 +668,115 @@ def test_what_trusted_classes_in_c_raise_is_told_as_well(tmp_path: Path) -> None
         load(tmp_path / "a", trust=[int])
 
 
+class Hiding:
+    """It looks at its values, and hides what comes of that."""
+
+    def __init__(self) -> None:
+        self.weight = torch.arange(3.0)
+
+    def __setstate__(self, state: Any) -> None:
+        try:
+            self.total = float(state["weight"].sum())
+        except Exception as err:
+            raise KeyError("no total") from err
+
+
+def test_trusted_code_that_hides_that_it_asks_for_values_gets_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)  # which raises a SystemError without them
+    torch.save({"v": Hiding(), "rng": generator, "w": torch.ones(2)}, tmp_path / "a")
+    for trust in (True, [Hiding, torch.Generator]):
+        found = load(tmp_path / "a", trust=trust)
+        assert found["v"].total == 3
+        assert found["rng"].initial_seed() == 7
+
+
+class OneByOne:
+    """Items are appended to it, and it takes no others."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def append(self, item: Any) -> None:
+        self.items.append(("appended", item))
+
+    def __reduce__(self) -> Any:
+        return OneByOne, (), None, iter([item for _, item in self.items])
+
+
+class Extended(OneByOne):
+    """It takes many at once in another way."""
+
+    def extend(self, items: Any) -> None:
+        self.items += [("extended", item) for item in items]
+
+    def __reduce__(self) -> Any:
+        return Extended, (), None, iter([item for _, item in self.items])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", [OneByOne, Extended])
+def test_items_are_appended_to_a_trusted_object_as_by_python(
+    kind: Any, count: int, protocol: int
+) -> None:
+    obj = kind()
+    for item in range(count):
+        obj.append(item)
+    data = pickle.dumps(obj, protocol)
+    assert read(data, [kind]).items == pickle.loads(data).items
+
+
+class Sentinel:
+    """The one object of its kind, pickled by its name."""
+
+    def __reduce__(self) -> str:
+        return "NOTHING_HERE"
+
+
+NOTHING_HERE = Sentinel()
+
+
+class ByClassmethod:
+    """It is made by a method of its class."""
+
+    def __reduce__(self) -> Any:
+        return ByClassmethod.make, (1,)
+
+    @classmethod
+    def make(cls, _: int) -> Any:
+        return cls()
+
+    @staticmethod
+    def without_class(_: int) -> Any:
+        return ByClassmethod()
+
+
+def test_an_object_is_trusted_by_the_name_that_is_given_with_it() -> None:
+    """As `torch.serialization.add_safe_globals` takes it."""
+    data = pickle.dumps(NOTHING_HERE)
+    assert read(data, [(NOTHING_HERE, f"{HERE}.NOTHING_HERE")]) is NOTHING_HERE
+    for item in ("Sentinel", NOTHING_HERE, (Sentinel,), (Sentinel, None), (Sentinel, "a", "b")):
+        with pytest.raises(TypeError, match="a list of classes"):
+            trusted([item])
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("name", ["make", "without_class"])
+def test_what_a_trusted_function_finds_is_not_trusted_for_that(protocol: int, name: str) -> None:
+    """With `getattr` trusted, protocols below 4 get at all methods of the classes that are."""
+    data = pickle.dumps(ReduceEx(getattr(ByClassmethod, name), (1,)), protocol)
+    assert isinstance(read(data, [ByClassmethod, getattr]), Inert)
+    trust = [ByClassmethod, getattr, getattr(ByClassmethod, name)]
+    assert isinstance(read(data, trust), ByClassmethod)
+
+
+def test_trusted_code_that_is_given_what_is_not_trusted_says_so(tmp_path: Path) -> None:
+    save({"call": functools.partial(made, 1)}, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"code raised .*<inert {HERE}.made>; add that"):
+        load(tmp_path / "a", trust=[functools.partial])
+    assert load(tmp_path / "a", trust=[functools.partial, made])["call"](2) == ["made", 1, 2]
+
+
 def test_trusted_code_that_asks_for_values_gets_them(tmp_path: Path) -> None:
     torch.save({"v": Careful(), "w": torch.ones(2)}, tmp_path / "a")
     for trust in (True, [Careful]):

@@ -126,11 +126,14 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         ) from err
     except TrustedCodeError as err:
         package = str(err).partition(".")[0] or "the package"
+        raised = f"its trusted code{f' {err}' if str(err) else ''} raised {err.__cause__!r:.300}"
+        if err.inert is None:
+            advice = f"is {package} as it was when the checkpoint was written?"
+        else:
+            raised += f", and was given what is not trusted, {err.inert!r:.200}"
+            advice = "add that to trust."
         raise CheckpointError(
-            place,
-            f"its trusted code {err} raised {err.__cause__!r:.300}",
-            f"is {package} as it was when the checkpoint was written? Without trust, the object is"
-            " inert data",
+            place, raised, f"{advice} Without trust, the object is inert data"
         ) from err
     except Exception as err:
         if "can't allocate memory" in str(err) or "not enough memory" in str(err):  # by torch

@@ -7,7 +7,6 @@ import enum
 import functools
 import io
 import pickle
-import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,23 +18,23 @@ import torch
 
 from _anemoi_ckpt.compat import DTYPES_SINCE, MissingDtypeError
 from _anemoi_ckpt.pickles.arrays import BUILTINS, NOTHING, made_by_numpy, stated
+from _anemoi_ckpt.pickles.costs import Costs
 from _anemoi_ckpt.pickles.inert import (
     NAMESPACES,
-    NESTED,
-    NESTING,
     NEW_OBJECT,
     NEW_OBJECT_EX,
     REBUILD_SUBCLASS,
     Inert,
     InertGlobal,
     become_mapping,
-    set_alone,
 )
 from _anemoi_ckpt.pickles.nesting import frees_recursively, refuse_depth, take_apart
 from _anemoi_ckpt.pickles.rebuilds import check_view
 from _anemoi_ckpt.pickles.safe import (
     CHECKED,
     FORBIDDEN_MODULES,
+    ITEM_TYPES,
+    LIST_TYPES,
     MEMORY,
     NUMPY,
     PLAIN,
@@ -51,15 +50,9 @@ StorageOf = Callable[[Any], Any]  # from a persistent id to a storage
 # torch's (torch/_weights_only_unpickler.py) knows protocol 2 alone, and takes stand-ins through a
 # registry of the whole process, which two threads would fight over.
 
-_ITEM_TYPES = {dict, collections.OrderedDict, collections.defaultdict, collections.Counter}
-_LIST_TYPES = {list, collections.deque}
-
 
 _OBJECT = InertGlobal("builtins", "object")
 _GETATTR = InertGlobal("builtins", "getattr")
-_COLLISIONS = 200  # most keys of a container with one hash, each of which is compared with all
-_COPIED_LEAST = 1_000_000  # items or bytes that calls may copy from a pickle of any length, and
-_COPIED = 8  # for each of its bytes: what is memoized can be copied again for six
 _NAME_LENGTH = 10_000  # most letters of a nested name: sane ones have a hundred
 
 
@@ -76,7 +69,15 @@ class OldTextError(ValueError):
 
 
 class TrustedCodeError(Exception):
-    """Code that a pickle names, and that is trusted, raised an error, which is the cause."""
+    """Code that a pickle names, and that is trusted, raised an error, which is the cause.
+
+    `inert` is the first of what the code was given that is not trusted, if any.
+    """
+
+    def __init__(self, name: str, inert: Inert | InertGlobal | None = None) -> None:
+        """Take the name of the code."""
+        super().__init__(name)
+        self.inert = inert
 
 
 def trusted(trust: Any) -> Trust:
@@ -93,10 +94,13 @@ def trusted(trust: Any) -> Trust:
         return trust
     named = {}
     for item in trust:
-        each, name = item if isinstance(item, tuple) else (item, None)
-        if not callable(each) or not hasattr(each, "__qualname__"):
-            raise TypeError(f"trust is True, False, or a list of classes, not one of {item!r}")
-        named[name or f"{each.__module__}.{each.__qualname__}"] = each
+        match item:
+            case (each, str(name)):
+                named[name] = each
+            case each if callable(each) and hasattr(each, "__qualname__"):
+                named[f"{each.__module__}.{each.__qualname__}"] = each
+            case _:
+                raise TypeError(f"trust is True, False, or a list of classes, not one of {item!r}")
     return named
 
 
@@ -196,14 +200,16 @@ def _raised_in(trace: TracebackType | None) -> str:
 
 
 @contextmanager
-def _running() -> Iterator[None]:
-    """Tell what trusted code raises from what is wrong with a pickle."""
+def _running(given: Any) -> Iterator[None]:
+    """Tell what trusted code raises, when it is given this, from what is wrong with a pickle."""
     try:
         yield
     except (MemoryError, RecursionError, pickle.UnpicklingError):
         raise
     except Exception as err:
-        raise TrustedCodeError(_raised_in(err.__traceback__)) from err
+        parts = [given, *(given if isinstance(given, tuple | list) else ())]
+        inert = next((each for each in parts if isinstance(each, Inert | InertGlobal)), None)
+        raise TrustedCodeError(_raised_in(err.__traceback__), inert) from err
 
 
 _PYTHON_MACHINE: Any = pickle._Unpickler  # typeshed does not have it
@@ -245,10 +251,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         self._storage_of, self._trust, self._names = storage_of, trust, names
         self._trusted_ids = {id(each) for each in trust.values()}
         self._memo_keys: dict[int, list[int]] = {}  # of numpy's objects, by id
-        self._hashes: collections.Counter[tuple[int, int]] = collections.Counter()
-        self._copied = 0
-        self._copied_storages: dict[int, torch.Tensor] = {}  # a tensor of each, by its id
-        self._tell = file.tell
+        self._costs = Costs(file.tell)
         self._fragile: list[Any] = []  # what frees recursively what it holds
 
     def load(self) -> Any:
@@ -296,9 +299,9 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if type(args) is not tuple:
             raise pickle.UnpicklingError("a call whose arguments are no tuple")
         name = func.full_name if isinstance(func, InertGlobal) else known_names().get(id(func), "")
-        if not name and not isinstance(func, Inert):
+        if not name and not isinstance(func, Inert) and not callable(func):  # by trusted code
             raise pickle.UnpicklingError(f"a call of a {type(func).__name__}")
-        self._check_costs(name, args)
+        self._costs.check_call(name, args)
         for make in (self._made_by_trusted, _made_plain):
             made = make(name, args)
             if made is not NOTHING:
@@ -316,46 +319,6 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         become_mapping(inert)  # a subclass of Counter, say, which is made from a dict
         return inert
 
-    def _check_costs(self, name: str, args: tuple[Any, ...]) -> None:
-        if name in _COPYING:
-            self._count_copies(args)
-        if name in _OF_KEYS:
-            for group in filter(_is_group, args):
-                self._check_keys(args, group)
-
-    def _count_copies(self, parts: Any) -> None:
-        """Count the items and bytes of what is about to be copied.
-
-        Raises:
-            UnpicklingError: there are far more than in the pickle, which copies some many times.
-        """
-        for part in parts:
-            if isinstance(part, torch.Tensor):  # whose values are not in the pickle: once is free
-                storage = part.untyped_storage()
-                if self._copied_storages.setdefault(storage._cdata, part) is not part:
-                    self._copied += part.numel() * part.itemsize
-            elif isinstance(part, np.ndarray):
-                self._copied += part.nbytes
-            elif type(part) in _SIZED:
-                self._copied += len(part)
-        if self._copied > _COPIED_LEAST and self._copied > _COPIED * self._tell():
-            raise pickle.UnpicklingError("objects that are copied without end")
-
-    def _check_keys(self, container: Any, keys: Any) -> None:
-        """Check what is about to be hashed.
-
-        Raises:
-            UnpicklingError: that would take for ever, or too many of a container have one hash.
-        """
-        for key in keys:
-            _refuse_endless(key)
-            if type(key) in _SCATTERED or (type(key) is int and abs(key) < sys.hash_info.modulus):
-                continue
-            place = id(container), hash(key)
-            self._hashes[place] += 1
-            if self._hashes[place] > _COLLISIONS:
-                raise pickle.UnpicklingError("keys that have one hash")
-
     def _made_by_trusted(self, name: str, args: tuple[Any, ...]) -> Any:
         """Make what a name or a function that is harmless by itself makes of what is trusted."""
         if name == "builtins.getattr" and [*map(type, args[1:])] == [str]:
@@ -364,7 +327,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             return object.__new__(args[0]) if self._is_trusted(args[0]) else NOTHING
         if name == "torch._tensor._rebuild_from_type_v2" and self._is_trusted(args[0]):
             rebuild, cls, given, state = args
-            with _running():
+            with _running(given):
                 if isinstance(cls, InertGlobal):
                     return Inert(REBUILD_SUBCLASS, (rebuild(*given), cls, state))
                 return torch._tensor._rebuild_from_type_v2(*args)
@@ -389,14 +352,14 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if func is getattr and type(args) is tuple and isinstance(args[0], InertGlobal):
             func = _GETATTR  # of what nobody trusts
         if self._is_trusted(func):
-            with _running():
+            with _running(args):
                 super().load_reduce()
         else:
             self.stack[-2:] = [self._make(func, args)]
 
     def _new_object(self) -> None:
         if self._is_trusted(self.stack[-2]):
-            with _running():
+            with _running(self.stack[-1]):
                 super().load_newobj()
         else:
             args = self.stack.pop()
@@ -404,7 +367,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
 
     def _new_object_ex(self) -> None:
         if self._is_trusted(self.stack[-3]):
-            with _running():
+            with _running(self.stack[-2]):
                 super().load_newobj_ex()
         else:
             kwargs, args = self.stack.pop(), self.stack.pop()
@@ -413,7 +376,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _instantiate(self, cls: Any, args: list[Any]) -> None:
         """Serve INST and OBJ, of protocols 0 and 1."""
         if self._is_trusted(cls):
-            with _running():
+            with _running(args):
                 super()._instantiate(cls, args)
         else:
             self.stack.append(self._make(cls, tuple(args)))
@@ -422,7 +385,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         obj = self.stack[-2]
         kind: Any = type(obj)
         if self._is_trusted(kind):
-            with _running():
+            with _running(self.stack[-1]):
                 super().load_build()
             return
         state = self.stack.pop()
@@ -438,7 +401,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         elif kind is torch.nn.Parameter:
             obj.__setstate__(state)
         elif issubclass(kind, np.dtype | np.ndarray):
-            self._count_copies(state)
+            self._costs.count_copies(state)
             made = stated(obj, state)
             self._replace(obj, made)
             if isinstance(made, np.ndarray) and made.dtype == object:
@@ -446,7 +409,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         elif kind is io.BytesIO:
             obj.__setstate__(_checked_position(*state))
         elif kind is collections.OrderedDict or kind in NAMESPACES:
-            self._count_copies([state])
+            self._costs.count_copies([state])
             vars(obj).update(state)
         else:
             raise pickle.UnpicklingError(f"state for a {kind.__name__}, which takes none")
@@ -461,11 +424,11 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         kind = type(target)
-        if not (issubclass(kind, Inert) or kind in _ITEM_TYPES or self._is_trusted(kind)):
+        if not (issubclass(kind, Inert) or kind in ITEM_TYPES or self._is_trusted(kind)):
             raise pickle.UnpicklingError(f"items set on a {type(target).__name__}")
         pairs = target._inert_pairs if isinstance(target, Inert) else target
-        with _running() if self._is_trusted(kind) else nullcontext():
-            self._check_keys(pairs, items[::2])
+        with _running(items) if self._is_trusted(kind) else nullcontext():
+            self._costs.check_keys(pairs, items[::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
                 pairs[key] = value
         if isinstance(target, Inert):
@@ -474,22 +437,25 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert):
-            target = target._inert_items
-        elif type(target) not in _LIST_TYPES and not self._is_trusted(type(target)):
-            raise pickle.UnpicklingError(f"items appended to a {type(target).__name__}")
-        with _running() if self._is_trusted(type(target)) else nullcontext():
+            target._inert_items.extend(items)
+        elif type(target) in LIST_TYPES:
             target.extend(items)
+        elif self._is_trusted(type(target)):
+            with _running(items):
+                _append_all(target, items)
+        else:
+            raise pickle.UnpicklingError(f"items appended to a {type(target).__name__}")
 
     def _add_items(self) -> None:
         items, target = self.pop_mark(), self.stack[-1]
         if type(target) is not set:
             raise pickle.UnpicklingError(f"items added to a {type(target).__name__}")
-        self._check_keys(target, items)
+        self._costs.check_keys(target, items)
         target.update(items)
 
     def _make_frozenset(self) -> None:
         items = self.pop_mark()
-        self._check_keys(items, items)
+        self._costs.check_keys(items, items)
         self.stack.append(frozenset(items))
 
     def _make_dict(self) -> None:
@@ -516,44 +482,13 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     }
 
 
-# What copies its arguments, and which of these have a length.
-_COPYING = {
-    *PLAIN,
-    *NUMPY,
-    "_codecs.encode",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
-    "torch._utils._rebuild_device_tensor_from_numpy",
-}
-_SIZED = {str, bytes, bytearray, list, tuple, set, frozenset, dict, *_ITEM_TYPES, *_LIST_TYPES}
-# What is made of a group of things that are hashed, and what Python hashes so that nobody finds
-# many with one hash.
-_OF_KEYS = ("builtins.set", "builtins.frozenset")
-_SCATTERED = (str, bytes, float, bool, type(None))
-
-
-def _is_group(arg: Any) -> bool:
-    return type(arg) in (list, tuple, set, frozenset)
-
-
-def _refuse_endless(value: Any) -> None:
-    """Refuse a value that is about to be hashed where that would take for ever, or too deep.
-
-    A tuple does not keep its hash: of a pair of twice the same pair, sixty deep, it takes 2**60
-    steps, and 200 bytes of pickle make one.
-    """
-    if type(value) is str:
-        return
-    layer, count = [value], 0
-    for _ in range(NESTING):
-        for item in layer:
-            set_alone(item)
-        layer = [each for item in layer if isinstance(item, tuple | frozenset) for each in item]
-        count += len(layer)
-        if not layer:
-            return
-        if count > NESTED:
-            break
-    raise pickle.UnpicklingError("a key that is nested without end")
+def _append_all(target: Any, items: list[Any]) -> None:
+    """Append items to an object as Python's unpickler in C does."""
+    if hasattr(target, "extend"):
+        target.extend(items)
+    else:
+        for item in items:
+            target.append(item)
 
 
 def _checked_position(data: Any, position: Any, attributes: Any) -> tuple[bytes, int, None]:
@@ -610,7 +545,7 @@ def _made_standard(name: str, args: tuple[Any, ...]) -> Any:
         args = tuple(map(_default, args))
     if kind is None or not all(type(arg) in types_of_args or isinstance(arg, type) for arg in args):
         return NOTHING
-    if kind is collections.defaultdict and not {*args} <= {*_ITEM_TYPES, *_LIST_TYPES, *_EMPTY}:
+    if kind is collections.defaultdict and not {*args} <= {*ITEM_TYPES, *LIST_TYPES, *_EMPTY}:
         return NOTHING
     return kind(*args)
 

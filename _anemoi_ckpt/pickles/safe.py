@@ -75,6 +75,9 @@ PLAIN: dict[str, tuple[type, tuple[type, ...]]] = {
         }.items()
     },
 }
+# Which of them take items from a pickle, by key or one after another.
+ITEM_TYPES = {dict, collections.OrderedDict, collections.defaultdict, collections.Counter}
+LIST_TYPES = {list, collections.deque}
 NUMPY = {  # made by numpy's public constructors, which check what they are told
     f"numpy.{core}.{name}"
     for core in ("core", "_core")
