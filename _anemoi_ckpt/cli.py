@@ -14,11 +14,11 @@ import torch
 import anemoi_ckpt
 from _anemoi_ckpt.cache import cache_entries, cache_folder, clear_cache
 from _anemoi_ckpt.errors import CheckpointError, redact
-from _anemoi_ckpt.places import open_writer, parse_uri
+from _anemoi_ckpt.places import parse_uri
 from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.saving import is_safetensors
 from _anemoi_ckpt.tables import sized
-from _anemoi_ckpt.transport import Transport, locate, stream_pinned
+from _anemoi_ckpt.transport import Transport, locate, open_for_writing, stream_pinned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _run_copy(parsed: argparse.Namespace) -> str:
     elif isinstance(to, LocalURI):
         anemoi_ckpt.download(place, to.path)
     else:
-        with open_writer(to) as stream:
+        with open_for_writing(to, Transport()) as stream:
             stream_pinned(place, stream, Transport())
     return f"{redact(str(to))}\n"
 
