@@ -102,7 +102,7 @@ from _anemoi_ckpt.saving import write_checkpoint
 from _anemoi_ckpt.steps import takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
-from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate
+from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate, open_for_writing
 from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
@@ -713,11 +713,13 @@ def _prepare_nothing(_target: Path, _place: str) -> None:
 
 
 @public
-def save(
+def save(  # noqa: PLR0913 - by keyword
     checkpoint: Any,
     uri: str | os.PathLike[str] | URI,
     *,
     metadata: str | os.PathLike[str] | URI | Mapping[str, Any] | tuple[Any, Any] | None = None,
+    retries: int = RETRIES,
+    timeout: float | None = None,
     transport_params: Params = None,
 ) -> URI:
     """Write a checkpoint to any place, all or nothing, and give the place.
@@ -735,6 +737,8 @@ def save(
             arrays that `metadata` gives; or a checkpoint to take both from, if it has any: they
             are no part of what `load` gives. Where `align_variables` gave `checkpoint` other
             variables, those of that checkpoint are replaced by them.
+        retries: as for `load`, for each request: a part that fails is sent again, not all of it.
+        timeout: as for `load`, likewise.
         transport_params: as for `load`.
 
     Raises:
@@ -752,12 +756,13 @@ def save(
         raise TypeError("save takes the checkpoint first, then where to write it")
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
-    members = _members(checkpoint, metadata, transport_params)
-    write_checkpoint(checkpoint, place, members, transport_params)
+    transport = Transport(transport_params, retries, timeout)
+    members = _members(checkpoint, metadata, transport)
+    write_checkpoint(checkpoint, place, members, transport)
     return place
 
 
-def _members(checkpoint: Any, metadata: Any, params: Params) -> dict[str, Any]:
+def _members(checkpoint: Any, metadata: Any, transport: Transport) -> dict[str, Any]:
     """Make the records of Anemoi's metadata: those given, or a checkpoint's, if it has any."""
     if metadata is None:
         return {}
@@ -765,7 +770,8 @@ def _members(checkpoint: Any, metadata: Any, params: Params) -> dict[str, Any]:
         given, arrays = metadata if isinstance(metadata, tuple) else (metadata, {})
         return _metadata.embedded_new(given, arrays)
     uri = parse_uri(metadata)
-    transport = Transport(_read_params(uri, params))
+    read = _read_params(uri, transport.transport_params)
+    transport = evolve(transport, transport_params=read)
     source = opened(locate(uri, transport), transport)
     found = _metadata.find_metadata(source.archive)
     if found is None:
@@ -822,7 +828,8 @@ def edit_metadata(
         options: dict[str, Any] = {"retries": retries, "timeout": timeout}
         path = download(place, Path(folder) / place.filename, transport_params=read, **options)
         _edit(LocalURI(str(path), str(path)), function)
-        with path.open("rb") as source, open_writer(place, transport_params) as stream:
+        transport = Transport(transport_params, retries, timeout)
+        with path.open("rb") as source, open_for_writing(place, transport) as stream:
             shutil.copyfileobj(source, stream)
     return place
 
@@ -860,7 +867,7 @@ def checkpoint_io(
     Args:
         strategies: what a checkpoint is put through when it is read.
         transport_params: as for `load`, for what is written too.
-        retries: as for `load`, of what is read and removed.
+        retries: as for `load`, of what is written and removed, too.
         timeout: as for `load`, likewise.
         options: what else `load` takes by keyword, such as `trust` and `cached`.
 

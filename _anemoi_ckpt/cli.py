@@ -24,11 +24,11 @@ import anemoi_ckpt
 from _anemoi_ckpt.cache import cache_entries, cache_folder, clear_cache
 from _anemoi_ckpt.errors import CheckpointError, redact
 from _anemoi_ckpt.pickles.inert import walk
-from _anemoi_ckpt.places import open_writer, parse_uri
+from _anemoi_ckpt.places import parse_uri
 from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.saving import is_safetensors
 from _anemoi_ckpt.tables import plain, sized
-from _anemoi_ckpt.transport import RETRIES, Transport, locate, stream_pinned
+from _anemoi_ckpt.transport import RETRIES, Transport, locate, open_for_writing, stream_pinned
 
 _Answer = tuple[str, int]  # what is printed, and the exit code
 _PIPE = "-"  # standard input, or output
@@ -262,11 +262,11 @@ def _copy(parsed: argparse.Namespace, source: str, target: str) -> Any:
         wanted = anemoi_ckpt.load(place, *steps, progress=progress, **_policy(parsed))
         if not any(isinstance(leaf, torch.Tensor) for _, leaf in walk(wanted)):
             raise ValueError("nothing would be written: no tensor is left")
-        anemoi_ckpt.save(wanted, to, metadata=place)
+        anemoi_ckpt.save(wanted, to, metadata=place, **_policy(parsed))
     elif isinstance(to, LocalURI):
         anemoi_ckpt.download(place, to.path, progress=progress, **_policy(parsed))
     else:
-        with open_writer(to) as stream:
+        with open_for_writing(to, transport) as stream:
             stream_pinned(place, stream, transport)
     return to
 

@@ -12,12 +12,13 @@ from _anemoi_ckpt.formats.safetensors import write_safetensors
 from _anemoi_ckpt.formats.torch_zip import write_zip
 from _anemoi_ckpt.metadata import as_notes
 from _anemoi_ckpt.opening import compression
-from _anemoi_ckpt.places import URI, Params, imported, open_writer
+from _anemoi_ckpt.places import URI, imported
 from _anemoi_ckpt.places.explained import links
+from _anemoi_ckpt.transport import Transport, open_for_writing
 
 
 def write_checkpoint(
-    checkpoint: Any, place: URI, members: Mapping[str, Any], transport_params: Params
+    checkpoint: Any, place: URI, members: Mapping[str, Any], transport: Transport
 ) -> None:
     """Stream a checkpoint to a place, all or nothing.
 
@@ -26,7 +27,7 @@ def write_checkpoint(
         place: where to; the ending of its name tells format and compression.
         members: more records of a torch zip, by name beneath the archive's root; of these,
             safetensors get Anemoi's metadata, without its arrays.
-        transport_params: as for `open_stream`.
+        transport: how the place is reached.
 
     Raises:
         CheckpointError: the place cannot be written to, or the checkpoint not be serialized.
@@ -35,7 +36,7 @@ def write_checkpoint(
     zipped = functools.partial(write_zip, members=members)
     noted = functools.partial(write_safetensors, notes=as_notes(members))
     write = noted if is_safetensors(place) else zipped
-    with open_writer(place, transport_params) as stream, _explained(place):
+    with open_for_writing(place, transport) as stream, _explained(place):
         if suffix:
             wrapper = imported("smart_open.compression", place).compression_wrapper
             with wrapper(stream, "wb", compression=suffix) as packed:

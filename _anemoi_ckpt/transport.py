@@ -1,20 +1,21 @@
 """One object as a source of bytes: pinned to one version, and tried again by one policy.
 
-transport · attempts · source
+transport · attempts · source · write
 """
 
 from __future__ import annotations
 
+import _thread
 import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from _anemoi_ckpt.errors import UnreachableError
 from _anemoi_ckpt.places import (
@@ -30,6 +31,7 @@ from _anemoi_ckpt.places import (
     check_params,
     list_page,
     open_stream,
+    open_writer,
     read_range,
     read_version,
     resolve,
@@ -39,6 +41,7 @@ from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.places.streams import Place, parse_place
+from _anemoi_ckpt.places.uploading import attempting, register_attempts
 from _anemoi_ckpt.threads import heard
 
 log = logging.getLogger("anemoi_ckpt")
@@ -331,3 +334,43 @@ def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:
             if stop := heeded():
                 stop.check()
             yield chunk
+
+
+# ── write ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def open_for_writing(uri: URI, transport: Transport) -> Iterator[BinaryIO]:
+    """Open a place for writing, all or nothing: each request of an upload is attempted anew.
+
+    Raises:
+        CheckpointError: as `open_writer`, after too many attempts at one request.
+    """
+    policy = partial(_upload_attempted, transport)
+    with attempting(policy), open_writer(uri, transport.params) as stream:
+        yield stream
+
+
+def _upload_attempted(
+    transport: Transport,
+    call: Callable[[], _T],
+    *,
+    once: bool = False,
+    seconds: float | None = None,
+) -> _T:
+    """Attempt a request of an upload; or only once, or for at most so many seconds."""
+    patience = evolve(transport, retries=0) if once else transport
+    if seconds is None:
+        return attempted(patience, call)
+    stop = Stop()
+    _thread.start_new_thread(_stop_after, (stop, seconds))  # a bare one: as `threads` says
+    with stop.heeded():
+        return attempted(patience, call, Stop())
+
+
+def _stop_after(stop: Stop, seconds: float) -> None:
+    time.sleep(seconds)
+    stop.set()
+
+
+register_attempts(partial(_upload_attempted, Transport()))

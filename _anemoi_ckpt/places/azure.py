@@ -41,7 +41,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.responses import read_socket
 from _anemoi_ckpt.places.sessions import mounted
-from _anemoi_ckpt.places.uploading import committed
+from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,8 +300,13 @@ def list_azure_page(
 def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
     """Write with smart-open's block upload, whose list of blocks is put when all is written."""
 
-    def opened() -> Any:
-        params = with_client(transport_params, client_of(uri, transport_params))
+    def opened(upload: Upload) -> Any:
+        blob = client_of(uri, transport_params)
+        for kind, name in (("container", uri.container), ("blob", uri.blob)):
+            # the user's own may be one of the container, or of the blob
+            blob = getattr(blob, f"get_{kind}_client", lambda _name, same=blob: same)(name)
+        requests = {name: getattr(blob, name) for name in ("stage_block", "commit_block_list")}
+        params = with_client(transport_params, Requesting(blob, upload, requests))
         return imported("smart_open.azure", uri).open(uri.container, uri.blob, "wb", **params)
 
     return committed(uri, uri.snapshot or uri.version_id, opened)

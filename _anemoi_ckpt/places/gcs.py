@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
@@ -36,7 +37,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.responses import decoded, register_body
 from _anemoi_ckpt.places.sessions import mounted
-from _anemoi_ckpt.places.uploading import committed
+from _anemoi_ckpt.places.uploading import Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -228,8 +229,16 @@ def list_gcs_page(
 def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
     """Write with smart-open's resumable upload, which is finished when all is written."""
 
-    def opened() -> Any:
+    def opened(upload: Upload) -> Any:
+        def retry(call: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: upload.request(call)  # as the SDK's own Retry would
+
         params = with_client(transport_params, client_of(uri, transport_params))
+        params["blob_open_kwargs"] = {
+            "retry": retry,
+            "timeout": timeout_of(transport_params),
+            **params.get("blob_open_kwargs", {}),
+        }
         return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "wb", **params)
 
     return committed(uri, uri.generation, opened)

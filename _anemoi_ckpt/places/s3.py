@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
 
 from attrs import frozen
 
-from _anemoi_ckpt.errors import USERINFO, InvalidURIError
+from _anemoi_ckpt.errors import USERINFO, InvalidURIError, UnreachableError
 from _anemoi_ckpt.places import (
     CONNECTIONS,
     SUFFIX_REFUSED,
@@ -44,7 +45,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.interrupts import interruptible
 from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
-from _anemoi_ckpt.places.uploading import committed
+from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -279,11 +280,54 @@ def list_s3_page(
 def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     """Write with smart-open's multipart upload, which is completed when all is written."""
 
-    def opened() -> Any:
-        params = with_client(transport_params, client_of(uri, transport_params))
+    def opened(upload: Upload) -> Any:
+        client = client_of(uri, transport_params)
+        requests = {name: functools.partial(_sent, getattr(client, name)) for name in _REQUESTS}
+        requests["complete_multipart_upload"] = functools.partial(_completed, uri, transport_params)
+        params = with_client(transport_params, Requesting(client, upload, requests))
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
 
     return committed(uri, uri.version_id, opened)
+
+
+_REQUESTS = ("create_multipart_upload", "upload_part", "put_object")
+
+
+def _sent(method: Callable[..., Any], **options: Any) -> Any:
+    """Send a request, its body from the beginning: an attempt before may have read it."""
+    if hasattr(options.get("Body"), "seek"):
+        options["Body"].seek(0)
+    return method(**options)
+
+
+def _completed(uri: S3URI, params: Params, **options: Any) -> Any:
+    """Complete an upload, unless an attempt before has, whose answer was lost.
+
+    Raises:
+        UnreachableError: the store knows no such upload, and the object is another. smart-open
+            tries that again, too: some stores do not know an upload at once.
+    """
+    client = client_of(uri, params)
+    try:
+        return client.complete_multipart_upload(**options)
+    except client.exceptions.ClientError as err:
+        if err.response.get("Error", {}).get("Code") != "NoSuchUpload":
+            raise
+        problem = err
+    version = read_version(uri, params)
+    if version.tag != _joint_tag(options["MultipartUpload"]["Parts"]):
+        remedy = "was it aborted meanwhile? save it again"
+        raise UnreachableError(uri, "the store does not know the upload", remedy) from problem
+    return {}
+
+
+def _joint_tag(parts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Give the ETag of an object of parts, which is made of theirs; None if those are no MD5s."""
+    tags = [each["ETag"].strip('"') for each in parts]
+    if not all(re.fullmatch("[0-9a-f]{32}", tag) for tag in tags):
+        return None
+    digest = hashlib.md5(bytes.fromhex("".join(tags)), usedforsecurity=False).hexdigest()
+    return f'"{digest}-{len(tags)}"'
 
 
 # ── remove ────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from _anemoi_ckpt.errors import MissingPackageError
 from _anemoi_ckpt.places import URI, Params, check_params, parse_uri, remove_object
 from _anemoi_ckpt.places.local import LocalURI
@@ -77,7 +79,7 @@ class _CheckpointIO:
         check_params(uri, params, writing=True)
         if isinstance(uri, LocalURI):
             Path(uri.path).parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(checkpoint, uri, {}, params)
+        write_checkpoint(checkpoint, uri, {}, evolve(self._transport, transport_params=params))
 
     def load_checkpoint(
         self,
