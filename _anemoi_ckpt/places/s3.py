@@ -283,6 +283,7 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     def opened(upload: Upload) -> Any:
         client = client_of(uri, transport_params)
         requests = {name: functools.partial(_sent, getattr(client, name)) for name in _REQUESTS}
+        requests["create_multipart_upload"] = functools.partial(_created, uri, client)
         requests["complete_multipart_upload"] = functools.partial(_completed, uri, transport_params)
         params = with_client(transport_params, Requesting(client, upload, requests))
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
@@ -290,7 +291,7 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     return committed(uri, uri.version_id, opened)
 
 
-_REQUESTS = ("create_multipart_upload", "upload_part", "put_object")
+_REQUESTS = ("upload_part", "put_object")
 
 
 def _sent(method: Callable[..., Any], **options: Any) -> Any:
@@ -298,6 +299,21 @@ def _sent(method: Callable[..., Any], **options: Any) -> Any:
     if hasattr(options.get("Body"), "seek"):
         options["Body"].seek(0)
     return method(**options)
+
+
+def _created(uri: S3URI, client: Any, **options: Any) -> Any:
+    """Begin an upload.
+
+    Raises:
+        UnreachableError: the answer ended before it named the upload; botocore takes none for an
+            answer without entries.
+    """
+    answer = client.create_multipart_upload(**options)
+    if "UploadId" not in answer:
+        raise UnreachableError(
+            uri, "the answer names no upload", "check the network and the server"
+        )
+    return answer
 
 
 def _completed(uri: S3URI, params: Params, **options: Any) -> Any:
