@@ -8,7 +8,6 @@ verify · stream · check
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import time
@@ -37,8 +36,8 @@ from _anemoi_ckpt.tables import Table, section, sized
 from _anemoi_ckpt.tensors import ALL_FINITE, not_finite
 from _anemoi_ckpt.transport import PART_BYTES, Source, Transport, find_version
 
-_HELD_BYTES = 64 * 1024**2  # of parts, at most, that are in memory at once
-_LEAST_BYTES = 1024**2  # of a part
+_PARTS = 16  # that are in memory at once, at most
+_CHUNK_BYTES = 1024**2  # of a record that is read once more
 
 _WAIT_SECONDS = 0.1  # for another part's turn, before the stop is looked at
 _T = TypeVar("_T")
@@ -255,25 +254,30 @@ def _stream(
     source: Source, stored: _Object, feed: Callable[[memoryview], None], notify: Notify
 ) -> None:
     """Read an object in parallel, and feed its parts in their order."""
-    part = max(_LEAST_BYTES, min(PART_BYTES, _HELD_BYTES // source.uri.connections))
+    parts = iter(range(0, stored.size, PART_BYTES))
     turns = threading.Condition()
     done = 0
 
-    def bring(number: int) -> None:
+    def bring() -> None:
         nonlocal done
-        view = memoryview(bytearray(min(part, stored.size - number * part)))
-        source.read(stored.start + number * part, [view], notify)
-        with turns:
-            while done != number:
-                if source.stop.is_set():
-                    raise CancelledError
-                turns.wait(_WAIT_SECONDS)
-            feed(view)
-            done += 1
-            turns.notify_all()
+        room = memoryview(bytearray(min(PART_BYTES, stored.size)))
+        while True:
+            with turns:
+                start = next(parts, None)
+            if start is None:
+                return
+            view = room[: stored.size - start]
+            source.read(stored.start + start, [view], notify)
+            with turns:
+                while done != start:
+                    if source.stop.is_set():
+                        raise CancelledError
+                    turns.wait(_WAIT_SECONDS)
+                feed(view)
+                done += len(view)
+                turns.notify_all()
 
-    count = -(-stored.size // part)
-    in_parallel([functools.partial(bring, number) for number in range(count)], source)
+    in_parallel([bring] * min(-(-stored.size // PART_BYTES), _PARTS), source)
 
 
 def _feeding(reading: _Reading[None], hashers: Iterable[Hasher]) -> Callable[[memoryview], None]:
@@ -356,7 +360,7 @@ def _read_alone(source: Source, offset: int, reading: _Reading[_T]) -> _T:
     try:
         asked = next(reading)
         while True:
-            view = memoryview(bytearray(min(asked, _LEAST_BYTES)))
+            view = memoryview(bytearray(min(asked, _CHUNK_BYTES)))
             source.read(offset, [view])
             offset += len(view)
             asked = reading.send(view)
