@@ -50,7 +50,7 @@ def call_hook(
     tensors = [leaf for _, leaf in walk(checkpoint) if isinstance(leaf, torch.Tensor)]
     memo: dict[int, Any] = {id(each): each if owned else each.detach().clone() for each in tensors}
     whole = copy.deepcopy(dict(checkpoint), memo)
-    _remember(model, undo)
+    remember(model, undo)
     hook(whole)
     return whole
 
@@ -64,8 +64,8 @@ def mark_loaded(model: torch.nn.Module) -> None:
 # ── undo ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _remember(model: torch.nn.Module, undo: ExitStack) -> None:
-    """Keep a model's attributes, and what these hold."""
+def remember(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Keep a model's attributes, and what these hold; `undo` puts them back."""
     for container in _containers(model):
         undo.callback(_refill, container, copy.copy(container))
 

@@ -23,7 +23,7 @@ from attrs import frozen
 from _anemoi_ckpt.anatomy import is_extra_state
 from _anemoi_ckpt.compat import FILLS_MIXED_DEVICES, has_own_memory
 from _anemoi_ckpt.errors import CheckpointError, MismatchError
-from _anemoi_ckpt.hooks import STATES, call_hook
+from _anemoi_ckpt.hooks import STATES, call_hook, remember
 from _anemoi_ckpt.matching import (
     Dtypes,
     Match,
@@ -212,6 +212,7 @@ def _assign(
     for name in filter(is_extra_state, values):
         module = modules.get(name.rpartition(".")[0])
         if module is not None:
+            remember(module, undo)  # it may add what it is given to what it has
             kept = copy.deepcopy(module.get_extra_state())
             undo.callback(_give_back, module.set_extra_state, kept)
     names = tensors_of(model)

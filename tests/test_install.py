@@ -936,6 +936,35 @@ def test_versions_of_modules_reach_them() -> None:
     assert torch.equal(model.weight, source.weight)
 
 
+def test_an_extra_state_that_adds_to_what_is_there_is_put_back() -> None:
+    class Growing(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 1)
+            self.history, self.seen = [1], {"a": {1}}
+
+        def get_extra_state(self) -> list[int]:
+            return self.history
+
+        def set_extra_state(self, state: list[int]) -> None:
+            self.history.extend(state)
+            self.seen["a"].add(9)
+            self.late = state
+
+    model, other = (
+        nn.Sequential(Growing(), nn.Linear(1, 1)),
+        nn.Sequential(Growing(), nn.Linear(1, 1)),
+    )
+    before = {name: each.clone() for name, each in model.state_dict().items() if name[-1] != "e"}
+    with pytest.raises(MismatchError):
+        load_into(model, {**other.state_dict(), "odd": torch.ones(1)}, strict=True)
+    assert model[0].history == [1]
+    assert model[0].seen == {"a": {1}}
+    assert not hasattr(model[0], "late")
+    assert_same({n: e for n, e in model.state_dict().items() if n in before}, before)
+    load_into(model, other.state_dict())
+    assert model[0].history == [1, 1]
+
+
 def test_a_module_that_refuses_its_extra_state_changes_nothing() -> None:
     class Refusing(nn.Linear):
         def get_extra_state(self) -> torch.Tensor:
