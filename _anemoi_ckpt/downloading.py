@@ -5,12 +5,14 @@ download · ranks · part · checks
 
 from __future__ import annotations
 
+import gzip
 import json
 import mmap
 import os
 import shutil
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import filelock
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from zlib_ng import zlib_ng
 
 from _anemoi_ckpt.digests import hasher, strongest_first
@@ -45,6 +47,7 @@ from _anemoi_ckpt.transport import (
     log,
     stream_whole,
 )
+from _anemoi_ckpt.unpacking import GZIP_MARK, bounded, unzipped_start
 
 # ── download ──────────────────────────────────────────────────────────────────────────────────
 
@@ -99,24 +102,30 @@ def local_uri(path: Path) -> LocalURI:
 
 
 def bring(target: Path, transfer: Transfer, version: Version | None) -> None:
+    codings = version.codings if version else ""
     try:
-        _bring_part(target, transfer, version)
+        _bring_part(target, transfer, version, codings)
     except UnrangedError:  # although the place told its version
-        _bring_part(target, transfer, None)
+        _bring_part(target, transfer, None, codings)
 
 
-def _bring_part(target: Path, transfer: Transfer, version: Version | None) -> None:
+def _bring_part(target: Path, transfer: Transfer, version: Version | None, codings: str) -> None:
     part = _Part(target, version)
     if not transfer.resume:
         part.remove()
     try:
         _fill(part, transfer)
-        damage = _damage(part, transfer)
+        coded = _is_coded(part, codings)
+        stored = evolve(transfer, sha256=None) if coded else transfer
+        damage = _damage(part, stored)
         if damage:  # fetch it once more; then raise
             for extent, problem in damage:
                 log.warning("fetched once more: %s", problem)
                 part.forget(extent)
             _fill(part, transfer)
+            damage = _damage(part, stored)
+        if coded and not damage:
+            part = _uncoded(part, transfer.place)
             damage = _damage(part, transfer)
         if damage:
             raise damage[0][1]  # noqa: TRY301 - the part is removed below, as for all others
@@ -154,6 +163,48 @@ def _fetch(source: Source, part: _Part, extent: range, notify: Notify) -> None:
     with part.opened("r+b") as file, part.journaling() as journal:
         views = part.written_through(extent, file, journal)
         source.read_through(extent.start, len(extent), views, notify)
+
+
+def _is_coded(part: _Part, codings: str) -> bool:
+    """Tell whether a file was compressed on its way into a store, which names that a coding.
+
+    What is named ``.gz``, and is that once, is as its name says.
+    """
+    if "gzip" not in codings:
+        return False
+    with part.opened("rb") as file:
+        start = file.read(_SNIFFED_BYTES)
+    twice = unzipped_start(start).startswith(GZIP_MARK)
+    return start.startswith(GZIP_MARK) and (twice or part.target.suffix.lower() != ".gz")
+
+
+def _uncoded(part: _Part, place: URI) -> _Part:
+    """Undo the coding of a part; nobody knows the digests of what is in it."""
+    plain = hidden(part.target, "plain")
+    try:
+        with (
+            part.opened("rb") as packed,
+            gzip.GzipFile(fileobj=packed) as unzipping,
+            explained_writing(local_uri(part.target)),
+            plain.open("wb") as file,
+        ):
+            read = bounded(unzipping.read, packed.tell, place)
+            while chunk := _unzipped(read, place):
+                file.write(chunk)
+        with explained_writing(local_uri(part.target)):
+            plain.replace(part.path)
+    finally:
+        plain.unlink(missing_ok=True)
+    return evolve(part, version=None)
+
+
+def _unzipped(read: Callable[[int], bytes], place: URI) -> bytes:
+    try:
+        return read(CHUNK_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
+        raise CorruptError(
+            place, f"it cannot be decompressed ({err!r})", "was its upload complete?"
+        ) from err
 
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────
@@ -247,6 +298,7 @@ def _send_file(
 
 # ── part ──────────────────────────────────────────────────────────────────────────────────────
 
+_SNIFFED_BYTES = 4096  # more than a header of gzip takes, with the names in it
 _WRITE_BYTES = 128 * 1024  # more takes large pages, which a virtual machine's host gives slowly
 
 

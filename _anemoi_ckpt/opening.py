@@ -49,7 +49,7 @@ from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
 from _anemoi_ckpt.transport import Source, Transport
-from _anemoi_ckpt.unpacking import bounded
+from _anemoi_ckpt.unpacking import GZIP_MARK, bounded
 
 _CHUNK_BYTES = 1024**2  # that are unpacked at once
 _SIGNATURE_BYTES = 512  # enough to tell every format, and what is none
@@ -145,8 +145,10 @@ def _opened(
     progress: Progress,
     beside: Callable[[str], URI],
 ) -> Opened:
-    suffix = compression(source.uri)
-    if suffix:
+    for named in (compression(source.uri), ""):  # it may be compressed twice, and named so once
+        suffix = _packing(_signature(blocks), named)
+        if not suffix:
+            break
         packed = read_whole(source, progress)
         source, blocks = in_memory(source.uri, _decompressed(source.uri, packed, suffix))
     if looks_like_json(_signature(blocks)):
@@ -225,6 +227,29 @@ def _first_block(source: Source) -> tuple[Source, BinaryIO]:
 
 
 # ── compression ───────────────────────────────────────────────────────────────────────────────
+
+
+_MARKS = {
+    ".gz": GZIP_MARK,
+    ".bz2": b"BZh",
+    ".xz": b"\xfd7zXZ\0",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".lz4": b"\x04\x22\x4d\x18",
+}
+
+
+def _packing(start: bytes, named: str) -> str:
+    """Tell from a file's first bytes how it is compressed; from its name, where they tell nothing.
+
+    A store may keep it compressed under a name that does not say so, and a server may have
+    decompressed what is named so.
+    """
+    if looks_like_safetensors(start) or looks_like_tar(start) or what_instead(start):
+        return ""
+    if start.startswith((LOCAL_SIGNATURE, b"\x80")) or looks_like_json(start):
+        return ""
+    marked = (suffix for suffix, mark in _MARKS.items() if start.startswith(mark))
+    return next(marked, "") or named
 
 
 def compression(uri: URI) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from _anemoi_ckpt.errors import AccessDeniedError
-from _anemoi_ckpt.places import LONG_PART_BYTES, connect, forget_clients
+from _anemoi_ckpt.places import LONG_PART_BYTES, connect, connections_of, forget_clients
 from _anemoi_ckpt.threads import heard, run
 from _anemoi_ckpt.transport import PART_BYTES, Source
 
@@ -16,7 +16,8 @@ _T = TypeVar("_T")
 
 def part_bytes(source: Source, total: int) -> int:
     """Choose how much to ask for at once: a share for each connection, within bounds."""
-    return min(max(total // source.uri.connections, PART_BYTES), LONG_PART_BYTES)
+    connections = connections_of(source.uri, source.transport.params)
+    return min(max(total // connections, PART_BYTES), LONG_PART_BYTES)
 
 
 def in_parallel(tasks: Sequence[Callable[[], _T]], source: Source) -> list[_T]:
@@ -28,7 +29,7 @@ def in_parallel(tasks: Sequence[Callable[[], _T]], source: Source) -> list[_T]:
         return [tasks[0]()]
     heard(partial(connect, source.uri, source.transport.params), source.stop)
     try:
-        return run(tasks, source.uri.connections, source.stop)
+        return run(tasks, connections_of(source.uri, source.transport.params), source.stop)
     except AccessDeniedError:
         forget_clients(source.uri)  # what was stopped may have made one since
         raise

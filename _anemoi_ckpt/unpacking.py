@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from _anemoi_ckpt.errors import CorruptError
 
+GZIP_MARK = b"\x1f\x8b\x08"  # how what gzip deflated begins (RFC 1952 2.3)
 _RATIO = 8  # weights deflate by a tenth, and a checkpoint with many zeros to a half
 _LEAST_BYTES = 64 * 1024**2  # which is never too much
+
+
+def unzipped_start(start: bytes) -> bytes:
+    """Give the first bytes of what gzip packed, of which the packed first bytes are given."""
+    try:
+        return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(start, len(GZIP_MARK))
+    except zlib.error:
+        return b""
 
 
 def refuse_bomb(place: object, packed: int, unpacked: int) -> None:

@@ -329,20 +329,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = _without(self.headers)
         request = Request(self.command, path, query, headers, self._read_body())
         fault = owner.admit(request)
-        if self._reset_by_test.wait(fault.delay):
-            self.close_connection = True
+        owner.count(1)
+        try:
+            reply = self._awaited(request, fault)
+        finally:
+            owner.count(-1)
+        if reply is None:
             return
-        if fault.before is not None:
-            fault.before()
-        if fault.reset and fault.cut is None:
-            self._reset()
-            return
-        reply = owner.reply(request, fault)
         request.status = reply.status
         try:
             self._send(request, reply, fault)
         except OSError:  # the client went away
             self.close_connection = True
+
+    def _awaited(self, request: Request, fault: Fault) -> Reply | None:
+        """The answer, after its delay; None where there is none."""
+        owner = self.server.owner
+        if self._reset_by_test.wait(fault.delay):
+            self.close_connection = True
+            return None
+        if fault.before is not None:
+            fault.before()
+        if fault.reset and fault.cut is None:
+            self._reset()
+            return None
+        return owner.reply(request, fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = serve  # noqa: N815 - http.server's names
 
@@ -415,6 +426,8 @@ class Server:
         self.log: list[Request] = []
         self.connections = 0
         """Connections taken since the last `reset`."""
+        self.at_once, self.most_at_once = 0, 0
+        """Requests that wait for the first byte of their answer, and the most of them."""
         self.faults: deque[Fault | None] = deque()
         """One a request, in turn; None is a request that goes well."""
         self.fault: Callable[[Request], Fault | None] | None = None
@@ -490,7 +503,7 @@ class Server:
         """Forgets log, faults and denials, ends what they keep waiting, and listens again."""
         self._end_pauses()
         with self._lock:
-            self.connections = 0
+            self.connections = self.at_once = self.most_at_once = 0
             self.log.clear()
             self.faults.clear()
         self.fault = None
@@ -500,6 +513,12 @@ class Server:
     def deny(self, name: str) -> None:
         """403 for every path that ends with this (decoded) name."""
         self._denied.add(name)
+
+    def count(self, more: int) -> None:
+        """Counts the requests that wait for an answer."""
+        with self._lock:
+            self.at_once += more
+            self.most_at_once = max(self.most_at_once, self.at_once)
 
     def admit(self, request: Request) -> Fault:
         """Writes the request down and picks its fault."""
@@ -680,6 +699,17 @@ class GCSProxy(FaultProxy):
         self._one_at_a_time = threading.Lock()
         self._uploads: dict[str, Reply] = {}
         """The last answer to each part of a resumable upload, by its session and range."""
+        self._kept: dict[tuple[str, str], tuple[dict[str, Any], bytes]] = {}
+
+    def keep(self, bucket: str, name: str) -> int:
+        """Keeps the live generation as a bucket with versions does; gives its number."""
+        path = f"/b/{bucket}/o/{urllib.parse.quote(name, safe='')}"
+        host = _headers({"Host": self.url.removeprefix("http://")})
+        described = self.forward(Request("GET", f"/storage/v1{path}", "", host))
+        media = self.forward(Request("GET", f"/storage/v1{path}", "alt=media", host))
+        resource = json.loads(bytes(described.body))
+        self._kept[path, resource["generation"]] = resource, bytes(media.body)
+        return int(resource["generation"])
 
     def forward(self, request: Request) -> Reply:
         """One at a time: the emulator has one thread and a short queue."""
@@ -703,13 +733,20 @@ class GCSProxy(FaultProxy):
             return error_reply(self.kind, described.status)
         resource = json.loads(bytes(described.body))
         query = dict(urllib.parse.parse_qsl(request.query))
+        live = resource["generation"]
+        kept = self._kept.get((found.group(1), query.get("generation", live)))
+        if kept is not None and query["generation"] != live:
+            resource = kept[0]
         generation = resource["generation"]
-        refused = _refused_generation(query, generation)
+        # a precondition is of the live one, as in Google's own testbench
+        refused = _refused_generation(query, generation, live)
         if refused == 404 or (refused and not fault.ignore_conditions):
             return error_reply(self.kind, refused)
         if query.get("alt") != "media":
-            return described
+            return Reply(200, described.headers, json.dumps(resource).encode())
         media = self.forward(Request("GET", path, "alt=media", host))
+        if generation != live and kept is not None:
+            media.body = kept[1]
         if media.status != 200:
             return error_reply(self.kind, media.status)
         modified = format_datetime(datetime.fromisoformat(resource["updated"]), usegmt=True)
@@ -722,13 +759,13 @@ class GCSProxy(FaultProxy):
         return reply
 
 
-def _refused_generation(query: Mapping[str, str], generation: str) -> int | None:
+def _refused_generation(query: Mapping[str, str], generation: str, live: str) -> int | None:
     """The status for a request that asks for another generation than there is."""
     if query.get("generation", generation) != generation:
         return 404
-    if query.get("ifGenerationMatch", generation) != generation:
+    if query.get("ifGenerationMatch", live) != live:
         return 412
-    if query.get("ifGenerationNotMatch") == generation:
+    if query.get("ifGenerationNotMatch") == live:
         return 304
     return None
 

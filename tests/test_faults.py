@@ -126,7 +126,7 @@ def is_large(request: Request) -> bool:
 
 
 def is_pinned(request: Request) -> bool:
-    return bool(request.headers["If-Match"]) or "ifGenerationMatch" in request.query
+    return bool(request.headers["If-Match"]) or "generation=" in request.query
 
 
 def refused(place: Any) -> None:

@@ -8,12 +8,13 @@ all.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from datetime import datetime
 from types import ModuleType
@@ -61,6 +62,9 @@ class URI:
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
+    nested_params: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ] = {}  # which keys those have that are dicts
 
     def __init_subclass__(cls) -> None:
         """Give each kind of place this repr: attrs keeps one that is there."""
@@ -270,22 +274,43 @@ def environment(*prefixes: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefixes)))
 
 
+class UnknownParamError(TypeError):
+    """A name among the transport_params that nobody reads."""
+
+
 def check_params(uri: URI, params: Params, *, writing: bool = False) -> None:
     """Refuse transport_params that nobody reads: another store's, or with a typing error.
 
     Raises:
-        TypeError: there is such a name; the error lists those that are read.
+        UnknownParamError: there is such a name; the error tells the nearest of those that are read.
     """
     if uri.params is None:
         return
-    known = uri.params + uri.writer_params * writing
-    for name in params or {}:
-        if name not in (*known, "timeout"):
-            kind, verb = type(uri).__name__, "written" if writing else "read"
-            raise TypeError(
-                f"transport_params[{name!r}] means nothing when a {kind} is {verb}; what does:"
-                f" {', '.join(known)}"
+    known, given = (*uri.params, *uri.writer_params * writing, "timeout"), params or {}
+    kind, verb = type(uri).__name__, "written" if writing else "read"
+    where = f"when a {kind} is {verb}"
+    _refuse_unknown("transport_params", given, known, where)
+    for name, keys in uri.nested_params.items():
+        _refuse_unknown(f"transport_params[{name!r}]", given.get(name) or {}, keys, where)
+
+
+def _refuse_unknown(what: str, given: Iterable[str], known: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            meant = f"is it {near[0]!r}? " if near else ""
+            raise UnknownParamError(
+                f"{what}[{name!r}] means nothing {where}; {meant}what does: {', '.join(known)}"
             )
+
+
+_OWN_PARAMS = {"timeout", "session", "user_project"}  # which smart-open's stores do not take
+
+
+def connections_of(uri: URI, params: Params) -> int:
+    """Give how many reads at once a place allows, or the caller, who may want fewer."""
+    wanted = (params or {}).get("max_concurrency")
+    return min(uri.connections, max(1, int(wanted))) if wanted else uri.connections
 
 
 def timeout_of(params: Params) -> float:
@@ -295,11 +320,16 @@ def timeout_of(params: Params) -> float:
 
 def with_client(params: Params, client: Any) -> dict[str, Any]:
     """Give what smart-open takes. A client has its own timeout."""
-    return {k: v for k, v in (params or {}).items() if k != "timeout"} | {"client": client}
+    return {k: v for k, v in (params or {}).items() if k not in _OWN_PARAMS} | {"client": client}
 
 
-def imported(name: str, uri: URI) -> ModuleType:
+def imported(name: str, uri: URI, package: str | None = None) -> ModuleType:
     """Import a package where it is used.
+
+    Args:
+        name: the module's.
+        uri: for whom.
+        package: what to install, where that is no extra of ours.
 
     Raises:
         MissingPackageError: it is not installed; says what to install.
@@ -307,7 +337,7 @@ def imported(name: str, uri: URI) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as err:
-        package = f"'anemoi-ckpt[{uri.extra}]'" if uri.extra else name
+        package = package or (f"'anemoi-ckpt[{uri.extra}]'" if uri.extra else name)
         raise MissingPackageError(
             uri, f"the package {name} is not installed", f"pip install {package}"
         ) from err
@@ -349,6 +379,7 @@ class Version:
     tag: str | None = None
     digests: Mapping[str, bytes] = field(factory=dict, eq=False, repr=False)  # as far as it tells
     name: str | None = field(default=None, eq=False)  # what a copy is to be called, if it tells
+    codings: str = field(default="", eq=False)  # content codings that it is stored in, with commas
 
 
 class Buffers:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from attrs import field, frozen
 
-from _anemoi_ckpt.errors import AccessDeniedError
+from _anemoi_ckpt.errors import AccessDeniedError, InvalidURIError
 from _anemoi_ckpt.places import (
     LONG_PART_BYTES,
     URI,
@@ -24,6 +24,7 @@ from _anemoi_ckpt.places import (
     Version,
     Writer,
     bucket_and_key,
+    check_params,
     environment,
     forget_clients,
     imported,
@@ -63,7 +64,10 @@ class AzureURI(URI):
     path_field: ClassVar[str] = "blob"
     asked_first: ClassVar[bool] = True
     extra: ClassVar[str | None] = "azure"
-    params: ClassVar[tuple[str, ...] | None] = ("client",)
+    params: ClassVar[tuple[str, ...] | None] = (
+        *("client", "max_concurrency"),
+        "buffer_size",  # of smart-open's own reader: it changes nothing here
+    )
     writer_params: ClassVar[tuple[str, ...]] = ("blob_kwargs", "min_part_size")  # smart_open's
     credentials: ClassVar[str] = (
         "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or "
@@ -133,6 +137,7 @@ def forget_azure_clients(uri: AzureURI) -> None:  # noqa: ARG001 - all of them
 
 def client_of(uri: AzureURI, params: Params) -> Any:
     """Give the caller's BlobServiceClient, or ours."""
+    check_params(uri, params, writing=True)
     given = (params or {}).get("client")
     if given:
         return given
@@ -195,9 +200,44 @@ def default_credential() -> Any:
 
 
 def _blob(uri: AzureURI, transport_params: Params) -> Any:
-    return client_of(uri, transport_params).get_blob_client(
-        uri.container, uri.blob, snapshot=uri.snapshot, version_id=uri.version_id
+    """Give the blob's client: a caller's may be of an account, of a container, or of the blob."""
+    client = client_of(uri, transport_params)
+    _refuse_another(uri, client)
+    if not hasattr(client, "get_blob_client"):
+        return client
+    versions = {"snapshot": uri.snapshot, "version_id": uri.version_id}
+    if hasattr(client, "get_container_client"):
+        return client.get_blob_client(uri.container, uri.blob, **versions)
+    return client.get_blob_client(uri.blob, **versions)
+
+
+def _container(uri: AzureURI, transport_params: Params) -> Any:
+    """Give the container's client."""
+    client = client_of(uri, transport_params)
+    _refuse_another(uri, client)
+    if hasattr(client, "get_container_client"):
+        return client.get_container_client(uri.container)
+    if hasattr(client, "get_blob_client"):
+        return client
+    raise InvalidURIError(
+        uri, "the client of transport_params is a blob's, and lists nothing", "give a container's"
     )
+
+
+def _refuse_another(uri: AzureURI, client: Any) -> None:
+    """Refuse a caller's client of another container, blob, snapshot or version."""
+    names = {"container_name": uri.container, "blob_name": uri.blob}
+    versions = {"snapshot": uri.snapshot, "version_id": uri.version_id}
+    if hasattr(client, "blob_name"):
+        names |= {name: asked for name, asked in versions.items() if asked}
+    for name, asked in names.items():
+        own = getattr(client, name, asked)
+        if own != asked:
+            raise InvalidURIError(
+                uri,
+                f"the client of transport_params is of the {name} {own!r}",
+                f"give that of {asked!r}, or of the account",
+            )
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
@@ -263,8 +303,10 @@ def read_azure_version(uri: AzureURI, transport_params: Params = None) -> Versio
     """Ask for the blob's properties: size, ETag and Content-MD5."""
     with explained(uri):
         properties = _blob(uri, transport_params).get_blob_properties()
-        md5 = properties.content_settings.content_md5
-        return Version(properties.size, properties.etag, {"md5": bytes(md5)} if md5 else {})
+        settings = properties.content_settings
+        digests = {"md5": bytes(settings.content_md5)} if settings.content_md5 else {}
+        codings = settings.content_encoding or ""
+        return Version(properties.size, properties.etag, digests, codings=codings)
 
 
 # ── list ──────────────────────────────────────────────────────────────────────────────────────
@@ -280,7 +322,7 @@ def list_azure_page(
 ) -> Page:
     """List with List Blobs, five thousand a page."""
     with explained(uri):
-        container = client_of(uri, transport_params).get_container_client(uri.container)
+        container = _container(uri, transport_params)
         listed = container.list_blobs if recursive else container.walk_blobs
         pages = listed(name_starts_with=uri.blob).by_page(token)
         entries = [

@@ -25,7 +25,7 @@ from _anemoi_ckpt.errors import (
     UnreachableError,
     redact,
 )
-from _anemoi_ckpt.places import URI, UnrangedError, Version, forget_clients
+from _anemoi_ckpt.places import URI, UnknownParamError, UnrangedError, Version, forget_clients
 
 _NO_CREDENTIALS = {  # names of exceptions
     "ClientAuthenticationError",
@@ -54,7 +54,7 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, UnrangedError, MemoryError):
+    except (CheckpointError, UnknownParamError, UnrangedError, MemoryError):
         raise
     except Exception as err:  # noqa: BLE001 - no SDK documents all that it raises
         problem = explain(uri, err, pin)

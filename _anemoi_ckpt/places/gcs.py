@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
 from attrs import frozen
 
+from _anemoi_ckpt.errors import InvalidURIError
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
@@ -21,12 +22,14 @@ from _anemoi_ckpt.places import (
     Version,
     Writer,
     bucket_and_key,
+    check_params,
     environment,
     forget_clients,
     imported,
     list_page,
     open_stream,
     open_writer,
+    pinned,
     read_range,
     read_version,
     register_scheme,
@@ -41,6 +44,12 @@ from _anemoi_ckpt.places.uploading import Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
+_CONDITIONS = tuple(
+    f"if_{what}_{match}"
+    for what in ("generation", "metageneration")
+    for match in ("match", "not_match")
+)
+
 
 @frozen
 class GCSURI(URI):
@@ -53,10 +62,13 @@ class GCSURI(URI):
     path_field: ClassVar[str] = "name"
     asked_first: ClassVar[bool] = True
     extra: ClassVar[str | None] = "gcs"
-    params: ClassVar[tuple[str, ...] | None] = ("client",)
-    writer_params: ClassVar[tuple[str, ...]] = (  # smart_open.gcs's
-        *("blob_open_kwargs", "blob_properties", "min_part_size"),
+    params: ClassVar[tuple[str, ...] | None] = (
+        *("client", "user_project", "get_blob_kwargs", "blob_open_kwargs"),
     )
+    writer_params: ClassVar[tuple[str, ...]] = ("blob_properties", "min_part_size")  # smart_open's
+    nested_params: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "get_blob_kwargs": ("generation", "encryption_key", "timeout", *_CONDITIONS)
+    }
     credentials: ClassVar[str] = (
         "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS, "
         "or give transport_params={'client': …}"
@@ -93,6 +105,7 @@ def forget_gcs_clients(uri: GCSURI) -> None:  # noqa: ARG001 - all of them
 
 def client_of(uri: GCSURI, params: Params) -> Any:
     """Give the caller's client of google-cloud-storage, or ours."""
+    check_params(uri, params, writing=True)
     given = (params or {}).get("client")
     if given:
         return given
@@ -117,8 +130,37 @@ def _make_client(storage: ModuleType, _environment: object, _pid: int) -> Any:
 
 def _blob(uri: GCSURI, transport_params: Params) -> Any:
     """Name an object without asking for its properties: the SDK would read from its mediaLink."""
-    client = client_of(uri, transport_params)
-    return client.bucket(uri.bucket).blob(uri.name, generation=uri.generation)
+    return _generation_of(uri, _generation(uri, transport_params), transport_params)
+
+
+def _generation_of(uri: GCSURI, generation: int | None, transport_params: Params) -> Any:
+    key = ((transport_params or {}).get("get_blob_kwargs") or {}).get("encryption_key")
+    bucket = _bucket(uri, transport_params)
+    return bucket.blob(uri.name, generation=generation, encryption_key=key)
+
+
+def _bucket(uri: GCSURI, transport_params: Params) -> Any:
+    """Name the bucket, and who pays."""
+    payer = (transport_params or {}).get("user_project")
+    return client_of(uri, transport_params).bucket(uri.bucket, user_project=payer)
+
+
+def _generation(uri: GCSURI, params: Params) -> int | None:
+    given = ((params or {}).get("get_blob_kwargs") or {}).get("generation")
+    if given and uri.generation and int(given) != uri.generation:
+        raise InvalidURIError(
+            uri, f"transport_params name another generation, {given}", "leave one of them out"
+        )
+    return int(given) if given else uri.generation
+
+
+def _conditions(params: Params) -> dict[str, Any]:
+    """Give what each request is to say: how long to wait, and the caller's preconditions."""
+    given: dict[str, Any] = {"timeout": timeout_of(params), "retry": None}
+    for name in ("blob_open_kwargs", "get_blob_kwargs"):
+        extra = (params or {}).get(name) or {}
+        given |= {key: extra[key] for key in ("timeout", *_CONDITIONS) if key in extra}
+    return given
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
@@ -126,21 +168,24 @@ def _blob(uri: GCSURI, transport_params: Params) -> Any:
 
 @open_stream.register
 def open_gcs(uri: GCSURI, transport_params: Params = None) -> BinaryIO:
-    """Open an object with smart-open."""
-    with explained(uri):
-        params = with_client(transport_params, client_of(uri, transport_params))
-        params.setdefault("get_blob_kwargs", {"generation": uri.generation})
-        return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "rb", **params)  # type: ignore[no-any-return] # smart-open has no annotations
+    """Open an object with its SDK: smart-open's reader names no generation, and nobody who pays."""
+    version = read_version(uri, transport_params)
+    with explained(uri, version):
+        blob = _generation_of(uri, int(version.tag or 0), transport_params)
+        return blob.open("rb", raw_download=True, **_conditions(transport_params))  # type: ignore[no-any-return] # the SDK has no annotations
 
 
 # ── range ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Registering:
-    """A client whose responses register their sockets; the user's own is left as it is."""
+    """A client whose responses register their sockets; the user's own is left as it is.
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    It refuses the bytes of another generation, which a server may send that knows none.
+    """
+
+    def __init__(self, client: Any, uri: GCSURI, pin: Version) -> None:
+        self._client, self._uri, self._pin = client, uri, pin
 
     def __getattr__(self, name: str) -> Any:
         if name == "_http":
@@ -150,6 +195,10 @@ class _Registering:
     def _request(self, *args: Any, **kwargs: Any) -> Any:
         response = self._client._http.request(*args, **kwargs)  # noqa: SLF001 - where downloads send
         register_body(response.raw)
+        generation = response.headers.get("X-Goog-Generation", self._pin.tag)
+        if response.ok and generation != self._pin.tag:
+            response.close()
+            pinned(self._uri, Version(self._pin.size, generation), self._pin)
         return response
 
 
@@ -161,21 +210,22 @@ def read_gcs_range(
     pin: Version | None = None,
     transport_params: Params = None,
 ) -> Version:
-    """Read a range with `download_to_file`; the generation pins the object."""
+    """Read a range with `download_to_file` of one generation, which need no longer be the live one.
+
+    A precondition would compare it with the live one.
+    """
     pin = pin or read_version(uri, transport_params)
     if pin.size:
         start = max(0, pin.size + offset) if offset < 0 else offset
         with explained(uri, pin):
-            _blob(uri, transport_params).download_to_file(
+            _generation_of(uri, int(pin.tag or 0), transport_params).download_to_file(
                 buffers,
-                client=_Registering(client_of(uri, transport_params)),
+                client=_Registering(client_of(uri, transport_params), uri, pin),
                 start=start,
                 end=min(start + buffers.size - buffers.filled, pin.size) - 1,
                 raw_download=True,
-                if_generation_match=int(pin.tag or 0),
                 checksum=None,  # a range has none; the archive's CRCs are checked
-                timeout=timeout_of(transport_params),
-                retry=None,
+                **_conditions(transport_params),
             )
     return pin
 
@@ -188,10 +238,11 @@ def read_gcs_version(uri: GCSURI, transport_params: Params = None) -> Version:
     """Ask for the object's properties: size, generation, crc32c and MD5."""
     with explained(uri):
         blob = _blob(uri, transport_params)
-        blob.reload(timeout=timeout_of(transport_params), retry=None)
+        blob.reload(**_conditions(transport_params))
         try:
             digests = decoded({"crc32c": blob.crc32c, "md5": blob.md5_hash})
-            return Version(blob.size, str(blob.generation), digests)
+            codings = blob.content_encoding or ""
+            return Version(blob.size, str(blob.generation), digests, codings=codings)
         except AttributeError as err:  # older SDKs take an answer without a body for a dict
             raise EOFError("the answer has no body") from err
 
@@ -210,8 +261,11 @@ def list_gcs_page(
     """List with Objects: list, a thousand objects a page."""
     options = {"prefix": uri.name, "page_token": token, "delimiter": None if recursive else "/"}
     patience = {"timeout": timeout_of(transport_params), "retry": None}
+    if _generation(uri, transport_params):
+        raise InvalidURIError(uri, "a generation names one object, not a folder", "leave it out")
     with explained(uri):
-        blobs = client_of(uri, transport_params).list_blobs(uri.bucket, **options, **patience)
+        bucket = _bucket(uri, transport_params)
+        blobs = client_of(uri, transport_params).list_blobs(bucket, **options, **patience)
         page = next(blobs.pages, ())
         entries = [
             Entry.beneath(uri, blob.name, blob.size, blob.updated)
@@ -241,7 +295,7 @@ def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
         }
         return imported("smart_open.gcs", uri).open(uri.bucket, uri.name, "wb", **params)
 
-    return committed(uri, uri.generation, opened)
+    return committed(uri, _generation(uri, transport_params), opened)
 
 
 # ── remove ────────────────────────────────────────────────────────────────────────────────────

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import io
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
 
 from attrs import frozen
 
-from _anemoi_ckpt.errors import InvalidURIError
+from _anemoi_ckpt.errors import CheckpointError, InvalidURIError
 from _anemoi_ckpt.places import (
+    CHUNK_BYTES,
     LONGEST_NAME,
     SUFFIX_REFUSED,
-    TIMEOUT_SECONDS,
     URI,
     Buffers,
     NoSuffixError,
     Params,
     UnrangedError,
     Version,
+    check_params,
     imported,
     open_stream,
     pinned,
@@ -35,7 +38,7 @@ from _anemoi_ckpt.places.azure import is_azure_host, parse_azure_url
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
 from _anemoi_ckpt.places.sessions import mounted
-from _anemoi_ckpt.unpacking import bounded
+from _anemoi_ckpt.unpacking import GZIP_MARK, bounded, unzipped_start
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -47,7 +50,10 @@ class HTTPURI(URI):
     is_url: ClassVar[bool] = True
     conditional: ClassVar[bool] = True  # whether the server that sends the file heeds If-Match
     extra: ClassVar[str | None] = "http"
-    params: ClassVar[tuple[str, ...] | None] = ("session", "headers", "user", "password", "cert")
+    params: ClassVar[tuple[str, ...] | None] = (
+        *("session", "headers", "user", "password", "cert", "kerberos"),
+        "buffer_size",  # of smart-open's own reader
+    )
     credentials: ClassVar[str] = (
         "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
         "ask for a new one if the URL is a signed one that has expired"
@@ -98,13 +104,16 @@ def request(
 
     Redirects are followed to the end for GET alone: a URL that is signed for GET may refuse HEAD.
     """
+    check_params(uri, params)
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
     options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
     if "authorization" in map(str.lower, sent):
         options["auth"] = _unchanged  # otherwise requests would take what ~/.netrc has
-    if "user" in given:
-        options["auth"] = (given["user"], given.get("password", ""))
+    if given.get("user") is not None or given.get("password") is not None:
+        options["auth"] = (given.get("user") or "", given.get("password") or "")
+    if given.get("kerberos"):
+        options["auth"] = imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()
     session = given.get("session") or _session(imported("requests", uri), os.getpid())
     return session.request(
         method, uri.url, timeout=timeout_of(params), allow_redirects=method == "GET", **options
@@ -132,29 +141,89 @@ def _unchanged(prepared: Any) -> Any:
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Body(io.RawIOBase):
+    """The body of a response, which is closed with it."""
+
+    def __init__(self, response: Any, read: Callable[[int], bytes]) -> None:
+        self._response, self._read = response, read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._response.close()
+        super().close()
+
+
 @open_stream.register
 def open_http(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
-    """Open a URL with smart-open."""
+    """Open a URL with one GET, without the coding that a server may give it unasked."""
     with explained(uri):
-        reader, requests = imported("smart_open.http", uri), imported("requests", uri)
-        params = {
-            "session": _session(requests, os.getpid()),
-            "timeout": TIMEOUT_SECONDS,
-            **(transport_params or {}),
-            "headers": _headers(uri, transport_params),
-        }
+        response = request("GET", uri, transport_params)
         try:
-            stream = reader.open(uri.url, "rb", **params)
-        except requests.HTTPError as err:
-            err.response.close()  # smart-open 8.0.0 leaves it open
+            response.raise_for_status()
+            register_body(response.raw)
+            response.raw.enforce_content_length = True  # as urllib3 does by itself since 2.0
+            body = _Body(response, _reader(uri, response))
+        except BaseException:
+            response.close()
             raise
-        register_body(stream.response.raw)
-        stream.response.raw.enforce_content_length = True  # as urllib3 does by itself since 2.0
-        stream.response.raw.decode_content = True  # some servers compress though nobody asked
-        if stream.response.headers.get("Content-Encoding"):
-            raw = stream.response.raw
-            raw.read = bounded(raw.read, raw.tell, uri)
-        return stream  # type: ignore[no-any-return] # smart-open has no annotations
+        return io.BufferedReader(body, CHUNK_BYTES)
+
+
+_SNIFFED_BYTES = 4096  # more than a header of gzip takes, with the names in it
+_NO_CODING = {"", "identity", "none", "aws-chunked"}  # the last is how it came to S3
+
+
+def _codings(response: Any) -> set[str]:
+    """Read the content codings of a body (RFC 9110 8.4)."""
+    named = response.headers.get("Content-Encoding", "").lower().split(",")
+    return {name.strip() for name in named} - _NO_CODING
+
+
+def _reader(uri: HTTPURI, response: Any) -> Callable[[int], bytes]:
+    """Make what reads the file's own bytes.
+
+    Some servers compress though nobody asked. Others mark as coded what is stored compressed, and
+    named so: its first bytes tell which of the two it is.
+    """
+    raw, codings = response.raw, _codings(response)
+    unknown = codings - {*raw.CONTENT_DECODERS}
+    suffix = uri.filename.rpartition(".")[2].lower()
+    if suffix == "zst" and codings == {"zstd"}:
+        unknown = codings = set()
+    if unknown:
+        raise CheckpointError(
+            uri,
+            f"the server sends it as {', '.join(sorted(unknown))}, though it was asked not to",
+            "install brotli or zstandard, or ask whose server it is to send it as it is",
+        )
+    read: Any = functools.partial(raw.read, decode_content=bool(codings))
+    if suffix == "gz" and codings and codings <= {"gzip", "x-gzip"}:
+        start = raw.read(_SNIFFED_BYTES, decode_content=False)
+        body: Any = _Chained(start, functools.partial(raw.read, decode_content=False))
+        if not unzipped_start(start).startswith(GZIP_MARK):
+            return body.read  # type: ignore[no-any-return] # of _Chained
+        read = gzip.GzipFile(fileobj=body).read
+    return bounded(read, raw.tell, uri) if codings else read  # type: ignore[no-any-return] # likewise
+
+
+class _Chained:
+    """Bytes, and what comes after them."""
+
+    def __init__(self, start: bytes, rest: Callable[[int], bytes]) -> None:
+        self._start, self._rest = start, rest
+
+    def read(self, size: int) -> bytes:
+        if not self._start:
+            return self._rest(size)
+        data, self._start = self._start[:size], self._start[size:]
+        return data
 
 
 # ── range ─────────────────────────────────────────────────────────────────────────────────────
@@ -179,7 +248,7 @@ def read_http_range(
         response.raise_for_status()
         extent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         partial = response.status_code == 206 and extent  # noqa: PLR2004 - Partial Content
-        if not partial or response.headers.get("Content-Encoding"):
+        if not partial or _codings(response):
             raise NoSuffixError if offset < 0 else UnrangedError
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError

@@ -20,10 +20,13 @@ from _anemoi_ckpt.errors import (
 )
 from _anemoi_ckpt.places import (
     URI,
+    Buffers,
     Params,
+    Version,
     imported,
     open_stream,
     parse_uri,
+    read_range,
     register_scheme,
     resolve,
 )
@@ -194,3 +197,18 @@ def _mlflow_authorization() -> str | None:
 def open_mlflow(uri: MLflowURI, transport_params: Params = None) -> BinaryIO:
     """Open the file where the tracking server says it is."""
     return open_stream(resolve(uri, transport_params), transport_params)
+
+
+# ── range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@read_range.register
+def read_mlflow_range(
+    uri: MLflowURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range of the file where the tracking server says it is."""
+    return read_range(resolve(uri, transport_params), offset, buffers, pin, transport_params)

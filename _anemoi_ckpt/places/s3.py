@@ -27,6 +27,7 @@ from _anemoi_ckpt.places import (
     Version,
     Writer,
     bucket_and_key,
+    check_params,
     connect,
     environment,
     forget_clients,
@@ -60,10 +61,23 @@ class S3URI(URI):
 
     path_field: ClassVar[str] = "key"
     extra: ClassVar[str | None] = "s3"
-    params: ClassVar[tuple[str, ...] | None] = ("client", "client_kwargs")
+    params: ClassVar[tuple[str, ...] | None] = (
+        *("client", "session", "client_kwargs", "version_id", "range_chunk_size"),
+        *("buffer_size", "defer_seek"),  # of smart-open's own reader: they change nothing here
+    )
     writer_params: ClassVar[tuple[str, ...]] = (  # smart_open.s3's
         *("min_part_size", "multipart_upload", "writebuffer"),
     )
+    nested_params: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "client_kwargs": (
+            "S3.Client",
+            *(f"S3.Client.{method}" for method in ("get_object", "head_object", "put_object")),
+            *(f"S3.Client.{method}" for method in ("list_objects_v2", "delete_object")),
+            *(f"S3.Client.{method}" for method in ("create_multipart_upload", "upload_part")),
+            *(f"S3.Client.{verb}_multipart_upload" for verb in ("complete", "abort")),
+            *(f"S3.Client.{method}" for method in ("copy_object", "upload_part_copy")),
+        )
+    }
     credentials: ClassVar[str] = (
         "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL "
         "for a store that is not Amazon's), or give transport_params={'client': …}"
@@ -115,28 +129,81 @@ def forget_s3_clients(uri: S3URI) -> None:  # noqa: ARG001 - all of them
 
 def client_of(uri: S3URI, params: Params) -> Any:
     """Give the caller's client of boto3, or ours."""
-    given = (params or {}).get("client")
-    return given or _make_client(
-        imported("boto3", uri), timeout_of(params), environment("AWS_"), os.getpid()
+    check_params(uri, params, writing=True)
+    given = params or {}
+    options = (given.get("client_kwargs") or {}).get("S3.Client") or {}
+    return given.get("client") or _make_client(
+        imported("boto3", uri),
+        timeout_of(params),
+        environment("AWS_"),
+        os.getpid(),
+        given.get("session"),
+        tuple(sorted(options.items())),
     )
 
 
-def _asked(params: Params, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+# What GetObject is told by the caller holds for the other requests that read, too.
+_OF_READS = {
+    "head_object": (
+        *("RequestPayer", "ExpectedBucketOwner", "VersionId"),
+        *("SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"),
+    ),
+    "list_objects_v2": ("RequestPayer", "ExpectedBucketOwner"),
+}
+
+
+def _asked(uri: S3URI, params: Params, method: str, **options: Any) -> dict[str, Any]:
     """Add what the caller has every such request say, as smart-open's `client_kwargs` have it.
 
     ``{"S3.Client.get_object": {"RequestPayer": "requester"}}``
+
+    Raises:
+        InvalidURIError: the caller would have it say what it says already.
     """
     extra = (params or {}).get("client_kwargs") or {}
-    return {**extra.get(f"S3.Client.{method}", {}), **options}
+    of_get = extra.get("S3.Client.get_object", {})
+    shared = {name: of_get[name] for name in _OF_READS.get(method, ()) if name in of_get}
+    given = {**shared, **extra.get(f"S3.Client.{method}", {})}
+    for name, value in options.items():
+        if given.get(name, value) != value:
+            raise InvalidURIError(
+                uri,
+                f"client_kwargs ask for the {name} {given[name]!r}, and not {value!r}",
+                "leave one of them out",
+            )
+    return {**given, **options}
+
+
+def _object(uri: S3URI, params: Params) -> dict[str, str]:
+    """Name the object: its version, too, where the URI or the caller names one."""
+    version = _version(uri, params)
+    return {"Bucket": uri.bucket, "Key": uri.key, **({"VersionId": version} if version else {})}
+
+
+def _version(uri: S3URI, params: Params) -> str | None:
+    given: str | None = (params or {}).get("version_id")
+    if given and uri.version_id and given != uri.version_id:
+        raise InvalidURIError(
+            uri, f"transport_params name another version, {given}", "leave one of them out"
+        )
+    return given or uri.version_id
 
 
 @functools.lru_cache(maxsize=8)
-def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: int) -> Any:
+def _make_client(
+    boto3: ModuleType,
+    timeout: float,
+    _environment: object,
+    _pid: int,
+    session: Any,
+    options: tuple[tuple[str, Any], ...],
+) -> Any:
     import botocore  # noqa: PLC0415 - comes with boto3
     import botocore.config  # noqa: PLC0415 - likewise
 
-    session = boto3.Session()
-    public = session.get_credentials() is None  # then only a public bucket answers
+    session, given = session or boto3.Session(), dict(options)
+    keyed = "aws_access_key_id" in given or session.get_credentials() is not None
+    public = not keyed  # then only a public bucket answers
     config = botocore.config.Config(
         max_pool_connections=CONNECTIONS,
         connect_timeout=timeout,
@@ -144,14 +211,16 @@ def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: 
         retries={"total_max_attempts": 1},  # one policy of retries for all places: ours
         signature_version=botocore.UNSIGNED if public else None,
     )
+    config = config.merge(given.pop("config", None) or botocore.config.Config())
     # boto3 asks for a region even where a store has none
-    region = session.region_name or "us-east-1"
-    client = session.client("s3", region_name=region, config=config)
+    region = {"region_name": session.region_name or "us-east-1", **given}
+    client = session.client("s3", config=config, **region)
     known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
     other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
-    if known and other and not _chooses_checksums(session):
+    chosen = getattr(config, _CHECKSUMS, None) or _chooses_checksums(session)
+    if known and other and not chosen:
         plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
-        client = session.client("s3", region_name=region, config=config.merge(plain))
+        client = session.client("s3", config=config.merge(plain), **region)
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
     http_session._pool_classes_by_scheme = classes  # noqa: SLF001 - for proxies
@@ -176,11 +245,10 @@ def _chooses_checksums(session: Any) -> bool:
 @open_stream.register
 def open_s3(uri: S3URI, transport_params: Params = None) -> BinaryIO:
     """Open an object with boto3: smart-open's reader resumes, even in another version."""
-    version = {"VersionId": uri.version_id} if uri.version_id else {}
     with explained(uri):
         client = client_of(uri, transport_params)
-        options = {"Bucket": uri.bucket, "Key": uri.key, **version}
-        body = client.get_object(**_asked(transport_params, "get_object", options))["Body"]
+        named = _object(uri, transport_params)
+        body = client.get_object(**_asked(uri, transport_params, "get_object", **named))["Body"]
         register_body(getattr(body, "_raw_stream", None))
         return body  # type: ignore[no-any-return] # boto3 has no annotations
 
@@ -197,15 +265,39 @@ def read_s3_range(
     transport_params: Params = None,
 ) -> Version:
     """Read a range with GetObject; the ETag pins the object."""
-    options = {"Bucket": uri.bucket, "Key": uri.key, "Range": range_header(offset, buffers)}
+    most = int((transport_params or {}).get("range_chunk_size") or 0)
+    if not most or offset < 0:
+        return _read_once(uri, offset, buffers, pin, transport_params)
+    end = offset + buffers.size - buffers.filled
+    while True:
+        length, filled = min(most, end - offset), buffers.filled
+        pin = _read_once(uri, offset, buffers, pin, transport_params, length=length)
+        offset += length
+        if buffers.filled < filled + length or offset >= min(end, pin.size):
+            return pin
+
+
+def _read_once(  # noqa: PLR0913 - as `read_range`, and how much
+    uri: S3URI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None,
+    transport_params: Params,
+    *,
+    length: int = 0,
+) -> Version:
+    """Read a range with one request, of `length` bytes if that is given."""
+    options = _object(uri, transport_params)
+    options["Range"] = range_header(offset, buffers)
+    if length:
+        options["Range"] = f"bytes={offset}-{offset + length - 1}"
     if pin and pin.tag:
         options["IfMatch"] = pin.tag
-    if uri.version_id:
-        options["VersionId"] = uri.version_id
     with explained(uri, pin):
         client = client_of(uri, transport_params)
         try:
-            response = client.get_object(**_asked(transport_params, "get_object", options))
+            asked = _asked(uri, transport_params, "get_object", **options)
+            response = client.get_object(**asked)
         except client.exceptions.ClientError as err:
             status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if offset < 0 and status in SUFFIX_REFUSED:  # by some stores that speak S3
@@ -229,20 +321,20 @@ def read_s3_range(
 @read_version.register
 def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
     """Ask with HeadObject. The ETag of a single-part upload is its MD5, unless KMS encrypts it."""
-    options = {"Bucket": uri.bucket, "Key": uri.key, "ChecksumMode": "ENABLED"}
-    if uri.version_id:
-        options["VersionId"] = uri.version_id
+    options = {**_object(uri, transport_params), "ChecksumMode": "ENABLED"}
     with explained(uri):
         response = client_of(uri, transport_params).head_object(
-            **_asked(transport_params, "head_object", options)
+            **_asked(uri, transport_params, "head_object", **options)
         )
     names = ("sha256", "sha1", "crc32", "crc32c")
     digests = decoded({name: response.get(f"Checksum{name.upper()}") for name in names})
     tag = response.get("ETag")
     single = re.fullmatch(r'"([0-9a-f]{32})"', tag or "")
-    if single and response.get("ServerSideEncryption", "AES256") == "AES256":
+    keyed = "SSECustomerAlgorithm" in response  # by a key of the caller's own
+    if single and not keyed and response.get("ServerSideEncryption", "AES256") == "AES256":
         digests["md5"] = bytes.fromhex(single[1])
-    return Version(response["ContentLength"], tag, digests)
+    codings = response.get("ContentEncoding", "")
+    return Version(response["ContentLength"], tag, digests, codings=codings)
 
 
 # ── list ──────────────────────────────────────────────────────────────────────────────────────
@@ -257,12 +349,14 @@ def list_s3_page(
     recursive: bool = False,
 ) -> Page:
     """List with ListObjectsV2, a thousand objects a page."""
+    if _version(uri, transport_params):
+        raise InvalidURIError(uri, "a version names one object, not a folder", "leave it out")
     options = {"Bucket": uri.bucket, "Prefix": uri.key}
     options |= {} if recursive else {"Delimiter": "/"}
     options |= {"ContinuationToken": token} if token else {}
     with explained(uri):
         answer = client_of(uri, transport_params).list_objects_v2(
-            **_asked(transport_params, "list_objects_v2", options)
+            **_asked(uri, transport_params, "list_objects_v2", **options)
         )
     entries = [Entry.beneath(uri, each["Prefix"]) for each in answer.get("CommonPrefixes", ())]
     entries += [
@@ -288,7 +382,7 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
         params = with_client(transport_params, Requesting(client, upload, requests))
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
 
-    return committed(uri, uri.version_id, opened)
+    return committed(uri, _version(uri, transport_params), opened)
 
 
 _REQUESTS = ("upload_part", "put_object")
@@ -352,9 +446,8 @@ def _joint_tag(parts: Sequence[Mapping[str, Any]]) -> str | None:
 @remove_object.register
 def remove_s3(uri: S3URI, transport_params: Params = None) -> None:
     """Remove with DeleteObject. A bucket with versions keeps those that it had."""
-    options = {"Bucket": uri.bucket, "Key": uri.key}
-    options |= {"VersionId": uri.version_id} if uri.version_id else {}
+    options = _object(uri, transport_params)
     with explained(uri):
         client_of(uri, transport_params).delete_object(
-            **_asked(transport_params, "delete_object", options)
+            **_asked(uri, transport_params, "delete_object", **options)
         )
