@@ -15,9 +15,10 @@ from _anemoi_ckpt.alignment import (
     Layout,
     Plan,
     aligned_indices,
-    changed_variables,
     differ_in_prefix,
     disagreement,
+    entry_with_steps,
+    known_variables,
     origins,
 )
 from _anemoi_ckpt.anatomy import (
@@ -32,6 +33,7 @@ from _anemoi_ckpt.anatomy import (
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.globs import choose
 from _anemoi_ckpt.layouts import suspect_axis
+from _anemoi_ckpt.leads import other_steps
 from _anemoi_ckpt.tensors import change_tensors, is_strided, snapshot, tensor_names, view_key
 from _anemoi_ckpt.variables import Variables, few, read_checkpoint
 
@@ -54,19 +56,22 @@ def find_alignment(
 
     Raises:
         ValueError: the checkpoint has no variables, the layout chooses nothing, a tensor's size
-            does not agree with the layout, or that of an unknown tensor does with some variables.
+            does not agree with the layout, or that of an unknown tensor does with some variables;
+            or there are other steps, of which none need be the model's.
     """
-    pairs = changed_variables(read_checkpoint(checkpoint), source, target, layouts)
+    known = known_variables(read_checkpoint(checkpoint), source, target, layouts)
     state_dict = weights_of(checkpoint)
-    tensors = _tensors_to_align(pairs, layouts, state_dict, model_tensors)
-    _check_unknown(pairs, layouts, state_dict, model_tensors)
+    steps = other_steps(checkpoint, state_dict, known, layouts, model_tensors)
+    pairs = {dataset: (old, new) for dataset, (old, new) in known.items() if steps or old != new}
+    tensors = _tensors_to_align(pairs, layouts, state_dict, model_tensors, steps)
+    _check_unknown(pairs, layouts, state_dict, model_tensors, steps)
     present = {dataset for dataset, _ in tensors.values()}
     present |= {d for d in pairs if not tensors.keys().isdisjoint(layouts[d].entries)}
     if pairs and not present:
         raise MismatchError(
             UNPLACED, "it has none of the layout's tensors", f"it has: {few(state_dict)}"
         )
-    return Alignment({d: pair for d, pair in pairs.items() if d in present}, tensors)
+    return Alignment({d: pair for d, pair in pairs.items() if d in present}, tensors, steps)
 
 
 def align(
@@ -90,7 +95,7 @@ def align(
     if not alignment.pairs:
         return checkpoint
     plans = {
-        name: origins(name, entry, *alignment.pairs[dataset], new)
+        name: origins(name, entry, *alignment.pairs[dataset], new, alignment.steps)
         for name, (dataset, entry) in alignment.tensors.items()
     }
     state_dict = weights_of(checkpoint)
@@ -118,6 +123,7 @@ def _tensors_to_align(
     layouts: Mapping[str, Layout],
     state_dict: Mapping[str, Any],
     model_tensors: Mapping[str, Any],
+    steps: Mapping[str, int],
 ) -> dict[str, tuple[str, Any]]:
     """Find the tensors to align, each with its dataset and the entry of its layout.
 
@@ -138,12 +144,14 @@ def _tensors_to_align(
                         UNPLACED, f"the layout has {name} twice", f"{glob!r} chooses it again"
                     )
                 tensors[name] = dataset, entry
-                sides = [("the checkpoint", state_dict[name], old)]
-                sides += [("the model", model_tensors[name], new)] if name in model_tensors else []
+                former = entry_with_steps(entry, steps)
+                sides = [("the checkpoint", state_dict[name], old, former)]
+                if name in model_tensors:
+                    sides += [("the model", model_tensors[name], new, entry)]
                 problems += [
                     f"{name} {problem} in {side}"
-                    for side, tensor, variables in sides
-                    if (problem := disagreement(entry, variables, tensor.shape))
+                    for side, tensor, variables, expected in sides
+                    if (problem := disagreement(expected, variables, tensor.shape))
                 ]
     problems += _divided(tensors, pairs, layouts)
     if problems:
@@ -172,7 +180,7 @@ def _divided(
 
     def plan(name: str, dataset: str) -> Plan | None:
         entry = layouts[dataset].entries[name]
-        return origins(name, entry, *pairs[dataset], "zeros") if dataset in pairs else None
+        return origins(name, entry, *pairs[dataset], "zeros", {}) if dataset in pairs else None
 
     shared = {
         name: [dataset for dataset, layout in layouts.items() if name in layout.entries]
@@ -190,6 +198,7 @@ def _check_unknown(
     layouts: Mapping[str, Layout],
     state_dict: Mapping[str, Any],
     model_tensors: Mapping[str, Any],
+    steps: Mapping[str, int],
 ) -> None:
     """Refuse tensors that the layout does not know, and whose size is that of some variables."""
     names = set(tensor_names(state_dict)) & model_tensors.keys()
@@ -204,6 +213,7 @@ def _check_unknown(
                 old,
                 new,
                 layouts[dataset].entries,
+                steps,
             )
         )
     }

@@ -2,15 +2,15 @@
 
 Ground floor: `strategies` imports this module, so it imports torch and the standard library alone.
 
-layouts · order
+layouts · steps in time · order
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.variables import (
@@ -25,7 +25,7 @@ from _anemoi_ckpt.variables import (
 )
 
 Part = int | str | Sequence[str]  # of an axis: a count of channels, a group, or these variables
-Label = tuple[int, Any]  # of a channel: the position of its part, and its variable or number there
+Label = tuple[Any, Any]  # of a channel: the place of its part, and its variable or number there
 
 # ── layouts ───────────────────────────────────────────────────────────────────────────────────
 
@@ -40,8 +40,8 @@ def labels(parts: Sequence[Part], variables: Variables) -> list[Label]:
     [(0, 't'), (1, ('t', False)), (1, ('tp', True)), (2, 0)]
     """
     return [
-        (position, channel)
-        for position, part in enumerate(parts)
+        (place, channel)
+        for place, part in zip(_places(parts), parts, strict=True)
         for channel in _channels(part, variables)
     ]
 
@@ -106,6 +106,8 @@ class Layout:
     entries: dict[str, Any]
     roles: Variables
     unknown: frozenset[str] = frozenset()  # names of tensors that may run over variables, too
+    # why other steps are not steps of the model, by what differs, as `fixed_steps` tells
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_layout(layout: Any, target: Mapping[str, Variables]) -> dict[str, Layout]:
@@ -187,6 +189,97 @@ def check_new(new: Any, target: Mapping[str, Variables]) -> None:
         raise ValueError(f"new has variables that are not among the wanted ones: {few(unknown)}")
 
 
+# ── steps in time ─────────────────────────────────────────────────────────────────────────────
+
+
+class Step(str):
+    """A group of variables at one step in time, among all steps of its kind.
+
+    It is a part of an axis, as the name of its group is. Steps of output count from the start of
+    the forecast on: 0, 1, … Steps of input count back from there: …, -2, -1. So the same step has
+    the same number in models of any count of steps.
+    """
+
+    kind: str
+    at: int
+
+    __slots__ = ("at", "kind")
+
+    def __new__(cls, group: str, kind: str, at: int) -> Self:
+        """Make a step of a kind (``"input"`` or ``"output"``) from its group and number."""
+        step = super().__new__(cls, group)
+        step.kind, step.at = kind, at
+        return step
+
+
+def in_steps(group: str, kind: str, count: int) -> list[Part]:
+    """Give a group at each of several steps, in the order that Anemoi's models have: oldest first.
+
+    >>> [part.at for part in in_steps("input", "input", 2) + in_steps("output", "output", 2)]
+    [-2, -1, 0, 1]
+    """
+    first = -count if kind == "input" else 0
+    return [Step(group, kind, first + number) for number in range(count)]
+
+
+def _runs(parts: Sequence[Part]) -> list[list[Part]]:
+    """Put the steps that follow each other into one list, and each other part into its own."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        last = runs[-1][-1] if runs else None
+        follows = (
+            isinstance(part, Step)
+            and isinstance(last, Step)
+            and (part, part.kind, part.at) == (last, last.kind, last.at + 1)
+        )
+        runs = [*runs[:-1], [*runs[-1], part]] if follows else [*runs, [part]]
+    return runs
+
+
+def _places(parts: Sequence[Part]) -> list[Any]:
+    """Give each part its place, which does not depend on the count of steps."""
+    return [
+        (place, part.at) if isinstance(part, Step) else place
+        for place, run in enumerate(_runs(parts))
+        for part in run
+    ]
+
+
+def with_steps(parts: Sequence[Part], counts: Mapping[str, int]) -> list[Part]:
+    """Give an axis of a model of other counts of steps, by kind.
+
+    >>> with_steps([*in_steps("input", "input", 2), 4], {"input": 1})
+    ['input', 4]
+    """
+    return [
+        part
+        for run in _runs(parts)
+        for part in (
+            in_steps(str(run[0]), run[0].kind, counts[run[0].kind])
+            if isinstance(run[0], Step) and run[0].kind in counts
+            else run
+        )
+    ]
+
+
+def entry_with_steps(entry: Any, counts: Mapping[str, int]) -> Any:
+    """Give the entry of a layout as it is for a model of other counts of steps."""
+    if isinstance(entry, str):
+        return entry
+    return {**entry, **{axis: with_steps(parts, counts) for axis, parts in axes(entry).items()}}
+
+
+def plain(entry: Any) -> Any:
+    """Give the entry of a layout with names of groups instead of steps."""
+    if isinstance(entry, str):
+        return entry
+    names = {
+        axis: [str(part) if isinstance(part, str) else part for part in parts]
+        for axis, parts in axes(entry).items()
+    }
+    return {**entry, **names}
+
+
 # ── order ─────────────────────────────────────────────────────────────────────────────────────
 
 # "model" for the model's whole tensor, or the origin of each channel along each axis
@@ -199,15 +292,16 @@ class Alignment:
 
     pairs: dict[str, tuple[Variables, Variables]]
     tensors: dict[str, tuple[str, Any]]  # by name: the dataset, and the entry of its layout
+    steps: Mapping[str, int] = field(default_factory=dict)  # the checkpoint's, if others, by kind
 
 
-def changed_variables(
+def known_variables(
     known: Mapping[str, Variables],
     source: Mapping[str, Variables],
     target: Mapping[str, Variables],
     layouts: Mapping[str, Layout],
 ) -> dict[str, tuple[Variables, Variables]]:
-    """Pair the variables of each dataset with the wanted ones, where these differ.
+    """Pair the variables of each dataset with the wanted ones.
 
     Args:
         known: the variables that the checkpoint knows; empty if it knows none.
@@ -241,21 +335,25 @@ def changed_variables(
                 "leave source out to read them from the checkpoint",
             )
         before = with_roles(current, old, roles, new)
-        after = with_roles(new, roles, before)
-        if before != after:
-            pairs[dataset] = before, after
+        pairs[dataset] = before, with_roles(new, roles, before)
     return pairs
 
 
-def origins(
-    name: str, entry: Any, source: Variables, target: Variables, new: str | Mapping[str, str]
+def origins(  # noqa: PLR0913, PLR0917 - all there is to say of an order
+    name: str,
+    entry: Any,
+    source: Variables,
+    target: Variables,
+    new: str | Mapping[str, str],
+    steps: Mapping[str, int],
 ) -> Plan:
     """Give the origin of each channel of a tensor in its new order.
 
-    It is the channel's position in the old order, ``"model"``, or ``"zeros"``.
+    It is the channel's position in the old order, which has other `steps` if there are any,
+    ``"model"``, or ``"zeros"``. A new step gets what a new variable does, but no copy.
 
     >>> old, new = Variables({"t": 0, "z": 1}), Variables({"z": 0, "q": 1})
-    >>> origins("weight", {1: ["input", "input", 1]}, old, new, "zeros")
+    >>> origins("weight", {1: ["input", "input", 1]}, old, new, "zeros", {})
     ((1, (1, 'zeros', 3, 'zeros', 4)),)
 
     Raises:
@@ -265,7 +363,7 @@ def origins(
         return entry
     rule = entry.get("new", new)
 
-    def origin(label: Label, positions: Mapping[Label, int]) -> int | str:
+    def origin(label: Label, positions: Mapping[Label, int], kept: set[Any]) -> int | str:
         if label in positions:
             return positions[label]
         part, channel = label
@@ -273,6 +371,8 @@ def origins(
         copied: str = rule if isinstance(rule, str) else rule.get(variable, "model")
         if copied in NEW:
             return copied
+        if part not in kept:
+            return "model"
         sibling = part, copied if isinstance(channel, str) else (copied, *channel[1:])
         if sibling not in positions:
             raise MismatchError(
@@ -283,8 +383,10 @@ def origins(
         return positions[sibling]
 
     def along_axis(parts: Sequence[Part]) -> tuple[int | str, ...]:
-        positions = {label: position for position, label in enumerate(labels(parts, source))}
-        return tuple(origin(label, positions) for label in labels(parts, target))
+        old = with_steps(parts, steps)
+        positions = {label: position for position, label in enumerate(labels(old, source))}
+        kept = set(_places(old))
+        return tuple(origin(label, positions, kept) for label in labels(parts, target))
 
     return tuple((axis, along_axis(parts)) for axis, parts in axes(entry).items())
 

@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-from _anemoi_ckpt.alignment import GROUPS, Part, axes, disagreement, labels, part_name
+from _anemoi_ckpt.alignment import (
+    GROUPS,
+    Part,
+    axes,
+    disagreement,
+    in_steps,
+    labels,
+    part_name,
+    plain,
+    with_steps,
+)
+from _anemoi_ckpt.leads import own_steps
 from _anemoi_ckpt.variables import ROLES, Variables, few, read_model
 
 _WRITE_ONE = "write its layout yourself"
@@ -51,6 +62,18 @@ def anemoi_layout(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"anemoi_layout takes a module, not {type(model).__name__}")
+    return {
+        dataset: {name: entry if name in ROLES else plain(entry) for name, entry in each.items()}
+        for dataset, each in layout_in_steps(model).items()
+    }
+
+
+def layout_in_steps(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Derive a layout as `anemoi_layout` does, whose groups tell which step in time they are of.
+
+    Raises:
+        ValueError: as `anemoi_layout`.
+    """
     prefix, core = find_core(model)
     tensors = model.state_dict(keep_vars=True)
     layout: dict[str, dict[str, Any]] = {}
@@ -97,6 +120,28 @@ def _class_of(module: Any, attribute: str = "__module__") -> type:
     return next((kind for kind in own if attribute in vars(kind)), object)
 
 
+def fixed_steps(model: torch.nn.Module) -> dict[str, str]:
+    """Tell why the steps of another model are not steps of this one, by what differs, if so.
+
+    What differs is ``"input"`` or ``"output"``, or ``"fewer output"`` if this model has fewer.
+    """
+    _, core = find_core(model)
+    if "Interpolator" in _class_of(core, "_assemble_input").__name__:
+        reason = f"the steps of {type(core).__name__} lie between each other"
+        return {"input": reason, "output": reason}
+    counted = [
+        dataset
+        for dataset, residual in dict(getattr(core, "residual", {})).items()
+        if getattr(residual, "step", -1) >= 0
+    ]
+    reason = f"the residual connection of {few(counted)} counts its step from the oldest on"
+    fixed = {"input": reason} if counted else {}
+    if getattr(core, "condition_on_residual", False):  # the same columns' sum would be another one
+        kind = type(core).__name__
+        fixed["fewer output"] = f"{kind} reads the residual once more for each step of output"
+    return fixed
+
+
 # ── mappers ───────────────────────────────────────────────────────────────────────────────────
 
 # what `_assemble_input` concatenates, by the class that defines it (anemoi/models/models/*.py)
@@ -124,12 +169,12 @@ def _inputs(core: Any, dataset: str) -> list[Part]:
         )
     conditioned = bool(getattr(core, "condition_on_residual", False))
     parts: dict[str, list[Part]] = {
-        "inputs": [*core.n_step_input * ["input"]],
-        "outputs": [*core.n_step_output * ["output"]],
+        "inputs": in_steps("input", "input", core.n_step_input),
+        "outputs": in_steps("output", "output", core.n_step_output),
         "attributes": [core.node_attributes.attr_ndims[dataset]],
         "step": [1],
         "residual": [*conditioned * ["prognostic"]],
-        "residuals": [*conditioned * core.n_step_output * ["prognostic"]],
+        "residuals": conditioned * in_steps("prognostic", "output", core.n_step_output),
     }
     return [part for name in _INPUTS[assembling.__name__] for part in parts[name]]
 
@@ -149,8 +194,8 @@ def _targets(core: Any, dataset: str) -> list[Part]:
     for feature in decoders[core.dataset2decoder[dataset]].features:
         known: dict[str, list[Part]] = {
             "encoded_data": inputs,
-            "forcings": [*steps * ["forcing"]],
-            "prognostics": [*steps * ["prognostic"]],
+            "forcings": in_steps("forcing", "input", steps),
+            "prognostics": in_steps("prognostic", "input", steps),
             "coordinates": [feature.dim],
             "trainable_parameters": [feature.dim],
         }
@@ -199,7 +244,8 @@ def _layout_of_decoder(
     embeddings = _first_matrices(tensors, f"{decoder}emb_nodes_dst.")
     layout: dict[str, Any] = {name: {1: _targets(core, dataset)} for name in embeddings}
     for name in (extractors[-1], f"{extractors[-1].rpartition('.')[0]}.bias"):
-        layout |= {name: {0: core.n_step_output * ["output"]}} if name in tensors else {}
+        rows = in_steps("output", "output", core.n_step_output)
+        layout |= {name: {0: rows}} if name in tensors else {}
     return layout
 
 
@@ -340,32 +386,39 @@ def _of_dataset(names: Iterable[str], dataset: str, datasets: Iterable[str]) -> 
             yield name
 
 
-def suspect_axis(
+def suspect_axis(  # noqa: PLR0913, PLR0917 - both sides of a tensor
     shape: Sequence[int],
     wanted: Sequence[int],
     source: Variables,
     target: Variables,
     entries: Mapping[str, Any],
+    steps: Mapping[str, int],
 ) -> str:
     """Describe the axis of an unknown tensor that could run over variables; empty if none could.
 
     Such an axis has the size of a group of variables, or of the channels of another tensor, in the
-    checkpoint and in the model, and these are not the same there.
+    checkpoint, which may have other `steps`, and in the model, and these are not the same there.
 
     >>> source, target = Variables({"t": 0, "z": 1}), Variables({"t": 0, "q": 1})
-    >>> suspect_axis((3, 2), (3, 2), source, target, {})
+    >>> suspect_axis((3, 2), (3, 2), source, target, {}, {})
     'axis 1 of size 2 could run over all'
-    >>> suspect_axis((3, 2), (3, 2), source, source, {})
+    >>> suspect_axis((3, 2), (3, 2), source, source, {}, {})
     ''
     """
     known = [tuple(parts) for entry in entries.values() for parts in axes(entry).values()]
+    own = own_steps([entries])
+    known += [
+        tuple(in_steps(group, kind, own[kind]))
+        for group in GROUPS
+        for kind in own.keys() & steps.keys()
+    ]
     repeats = {1, *(parts.count(group) for parts in known for group in GROUPS)} - {0}
     groups = [(group,) * count for group in GROUPS for count in sorted(repeats)]
     if len(shape) != len(wanted):
         return ""
     for axis, sizes in enumerate(zip(shape, wanted, strict=True)):
         for parts in (*groups, *known):
-            before, after = labels(parts, source), labels(parts, target)
+            before, after = labels(with_steps(parts, steps), source), labels(parts, target)
             if before != after and sizes == (len(before), len(after)):
                 named = " + ".join(map(part_name, parts))
                 return f"axis {axis} of size {sizes[0]} could run over {named}"

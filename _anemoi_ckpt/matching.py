@@ -30,7 +30,7 @@ from _anemoi_ckpt.anatomy import (
     weights_of,
     without,
 )
-from _anemoi_ckpt.comparing import prefix_advice
+from _anemoi_ckpt.comparing import prefix_advice, shapes_of
 from _anemoi_ckpt.configurations import configured_otherwise, read_config
 from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.edges import check_optimizer, in_edge_order
@@ -222,7 +222,8 @@ def _matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked
     prefixes = loading_prefixes(model) if terms.hook is None else frozenset({""})
     ordered, moved = in_edge_order(place, model, state_dict, original.shapes)
     fitting = _fitting(place, ordered, model_tensors, prefixes)
-    _check_variables(place, model, fitting, read_checkpoint(checkpoint) or original.variables)
+    variables = read_checkpoint(checkpoint) or original.variables
+    _check_variables(place, model, fitting, variables, state_dict)
     _check_config(place, model, fitting, original)
     check_units(place, model, fitting, original.units)
     renamed = _renamed(original, state_dict)
@@ -378,9 +379,13 @@ def accepted(method: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
 
 def _check_variables(
-    place: str, model: torch.nn.Module, fitting: Iterable[str], variables: Mapping[str, Variables]
+    place: str,
+    model: torch.nn.Module,
+    fitting: Iterable[str],
+    variables: Mapping[str, Variables],
+    state_dict: Mapping[str, Any],
 ) -> None:
-    problem = misplaced(model, fitting, variables)
+    problem = misplaced(model, fitting, variables, shapes_of(state_dict))
     if problem:
         raise MismatchError(
             place,

@@ -30,7 +30,7 @@ from _anemoi_ckpt.describing import (
     with_variables,
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
-from _anemoi_ckpt.layouts import anemoi_layout, unknown_tensors
+from _anemoi_ckpt.layouts import anemoi_layout, fixed_steps, layout_in_steps, unknown_tensors
 from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import Step, with_alignment
 from _anemoi_ckpt.variables import paired, read_checkpoint, read_model, read_variables
@@ -48,11 +48,12 @@ def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
     if model is None and (target is None or layout is None):
         raise TypeError("align_variables needs target and layout, or a model to derive them from")
     target_variables = read_variables("align_variables", model if target is None else target)
-    derived = anemoi_layout(model) if layout is None else {}
+    derived = _derived(model) if layout is None else {}
     layouts = read_layout(derived or layout, target_variables)
     if derived:
         unknown = unknown_tensors(model, derived)
-        layouts = {d: replace(each, unknown=unknown[d]) for d, each in layouts.items()}
+        fixed = fixed_steps(model)
+        layouts = {d: replace(each, unknown=unknown[d], fixed=fixed) for d, each in layouts.items()}
     source_variables = {} if source is None else read_variables("align_variables", source)
     model_tensors = {} if model is None else state_dict_of("align_variables", model)
     check_new(new, target_variables)
@@ -72,6 +73,11 @@ def aligner(  # noqa: PLR0913, PLR0917 - those of `align_variables`
         return with_variables(align(scaled, changes, model_tensors, new), changes.pairs, facts)
 
     return with_alignment(aligned, alignment)
+
+
+def _derived(model: Any) -> dict[str, dict[str, Any]]:
+    """Derive the layout of a model, in steps; `anemoi_layout` says why there is none."""
+    return layout_in_steps(model) if isinstance(model, torch.nn.Module) else anemoi_layout(model)
 
 
 def align_where_known(model: Any, new: Any) -> list[Step]:
@@ -127,7 +133,9 @@ def refuse_misplaced(model: Any, strategy: Callable[[Any], Any]) -> Callable[[An
         result = strategy(checkpoint)
         shapes = shapes_of(weights_of(result))
         fitting = [name for name, shape in shapes.items() if wanted.get(name) == shape]
-        problem = misplaced(model, fitting, read_checkpoint(checkpoint))
+        problem = misplaced(
+            model, fitting, read_checkpoint(checkpoint), shapes_of(weights_of(checkpoint))
+        )
         if problem:
             raise MismatchError(
                 UNPLACED,

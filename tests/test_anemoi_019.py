@@ -68,24 +68,36 @@ def outputs(
     datasets: Mapping[str, Variables],
     before: Mapping[str, Variables],
     after: Mapping[str, Variables],
+    steps: tuple[tuple[int, int], tuple[int, int]] = ((2, 1), (2, 1)),
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """What a model makes of fields that depend on their variables' names alone.
+    """What a model makes of fields that depend on their variables' names and steps alone.
 
-    Variables that only the new model knows are large; those that only the old one knows are zero.
+    Variables and steps that only the new model knows are large; those that only the old one knows
+    are zero.
     """
     core = model.model.model
 
-    def field(dataset: str, name: str, steps: int, salt: int) -> torch.Tensor:
-        seed = sum(place * ord(letter) for place, letter in enumerate(dataset + name, 1)) + salt
-        shape = (1, steps, 1, core.node_attributes.num_nodes[dataset])
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        if name not in before[dataset].names:
+    def field(dataset: str, name: str, place: int, salt: int) -> torch.Tensor:
+        seed = sum(n * ord(letter) for n, letter in enumerate(dataset + name, 1)) + salt
+        shape = (1, 1, 1, core.node_attributes.num_nodes[dataset])
+        draw = torch.Generator().manual_seed(seed + 100_003 * place)
+        drawn = torch.randn(shape, generator=draw)
+        was, now = (each[bool(salt)] for each in steps)
+        if name not in before[dataset].names or place >= was:
             return 50 * drawn
-        return drawn if name in after[dataset].names else 0 * drawn
+        return drawn if name in after[dataset].names and place < now else 0 * drawn
 
-    def batch(kind: str, steps: int, salt: int) -> dict[str, torch.Tensor]:
+    def batch(kind: str, count: int, salt: int) -> dict[str, torch.Tensor]:
+        # steps of input count back from the last one
+        places = range(count) if kind == "outputs" else range(count)[::-1]
         return {
-            dataset: torch.stack([field(dataset, n, steps, salt) for n in getattr(each, kind)], -1)
+            dataset: torch.cat(
+                [
+                    torch.stack([field(dataset, n, at, salt) for n in getattr(each, kind)], -1)
+                    for at in places
+                ],
+                1,
+            )
             for dataset, each in datasets.items()
         }
 
@@ -106,16 +118,21 @@ def outputs(
 def difference(
     old: Any, new: Any, before: Mapping[str, Variables], after: Mapping[str, Variables]
 ) -> float:
-    """How much the outputs of kept variables differ at most from the old ones."""
+    """How much the outputs of kept variables and steps differ at most from the old ones."""
+    cores = [model.model.model for model in (old, new)]
+    steps = [(core.n_step_input, core.n_step_output) for core in cores]
     was, now = (
-        outputs(model, each, before, after) for model, each in ((old, before), (new, after))
+        outputs(model, each, before, after, (steps[0], steps[1]))
+        for model, each in ((old, before), (new, after))
     )
+    kept = min(count for _, count in steps)
     differences = [0.0]
     for dataset, each in after.items():
         for name in each.outputs:
             own = before[dataset]
             if name in own.outputs and (name in own.diagnostic) == (name in each.diagnostic):
-                one, other = was[dataset][name], now[dataset][name]
+                one, other = was[dataset][name][:, :kept], now[dataset][name][:, :kept]
+                assert one.shape[1] == kept
                 assert name == "tp" or one.std() > 1e-3  # tp is bounded
                 differences.append(float((one - other).abs().max()))
     return max(differences)
@@ -240,6 +257,126 @@ def test_unaligned_it_is_lost(configuration: str) -> None:
     assert difference(old, new, {"data": A}, {"data": after}) > 1e-3
     with pytest.raises(MismatchError, match=r"align_variables\(model=model\)"):
         load_into(new, checkpoint)
+
+
+# ── other steps ───────────────────────────────────────────────────────────────────────────────
+
+LEADS = [  # steps of input and output, before and after
+    ((2, 1), (2, 2)),
+    ((2, 2), (2, 1)),
+    ((2, 2), (2, 3)),
+    ((1, 1), (2, 1)),
+    ((3, 2), (1, 2)),
+    ((1, 2), (2, 1)),
+]
+
+
+@pytest.mark.parametrize(("was", "now"), LEADS)
+@pytest.mark.parametrize("after", [A, B], ids=["same", "other variables"])
+@pytest.mark.parametrize("kind", ["GNN", "GraphTransformer", "Transformer"])
+def test_steps_that_both_have_are_kept(
+    kind: str, after: Variables, was: tuple[int, int], now: tuple[int, int]
+) -> None:
+    steps_are_kept(kind, after, was, now)
+
+
+@pytest.mark.parametrize(("was", "now"), [((1, 3), (2, 2)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_steps_are_kept_in_every_kind(
+    configuration: str, was: tuple[int, int], now: tuple[int, int]
+) -> None:
+    if configuration == "tendency" and now[1] < was[1]:
+        new = task({"data": B}, configuration, steps=now)
+        align = align_variables(model=new, new="zeros")
+        told = (
+            r"have 1 step of input and 3 steps of output, .*reads the residual once more for each"
+        )
+        with pytest.raises(MismatchError, match=told):
+            load_into(new, trained(configuration, steps=was)[1], align)
+        return
+    steps_are_kept(configuration, B, was, now)
+
+
+def steps_are_kept(
+    configuration: str, after: Variables, was: tuple[int, int], now: tuple[int, int]
+) -> None:
+    old, checkpoint = trained(configuration, steps=was)
+    new = task({"data": after}, configuration, salt=5, steps=now)
+    own = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    align = align_variables(model=new, new="zeros")
+    report = load_into(new, checkpoint, align, strict=True)
+    assert set(report.loaded) == set(new.state_dict())
+    assert difference(old, new, {"data": A}, {"data": after}) < LARGEST
+    aligned = align(checkpoint)
+    assert align(aligned) is aligned
+    new.load_state_dict(own)
+    load_into(new, checkpoint, transfer_learning(new))
+    rows = next(n for n in report.aligned if ".node_data_extractor." in n and n.endswith("bias"))
+    size, kept = len(after.outputs), min(was[1], now[1])
+    assert torch.equal(new.state_dict()[rows][kept * size :], own[rows][kept * size :])
+    assert torch.equal(
+        new.state_dict()[rows][: kept * size : size],
+        aligned["state_dict"][rows][: kept * size : size],
+    )
+
+
+def test_steps_that_trade_places_are_refused_unaligned() -> None:
+    """A transport model reads as many channels of 2 steps and 1 as of 1 and 2."""
+    with_tp = {"data": Variables(("t_850", "z_500", "tp"), (), ())}
+    old, new = (task(with_tp, "transport", steps=steps) for steps in ((2, 1), (1, 2)))
+    told = "2 steps of input and 1 step of output, and the model 1 step of input and 2 steps of"
+    with pytest.raises(MismatchError, match=told):
+        load_into(new, checkpoint_of(old), filter_shapes(new))
+    with pytest.raises(MismatchError, match=told):
+        load_into(new, checkpoint_of(old), strict=False)
+    assert load_into(new, checkpoint_of(old), align_variables(model=new), strict=True)
+
+
+SKIP = "anemoi.models.layers.residual.SkipConnection"
+
+
+def test_steps_that_are_not_the_models_are_refused() -> None:
+    """A residual that counts from the oldest step on has another one if there are more of them."""
+    first = {"_target_": SKIP, "step": 0}
+    _, checkpoint = trained("GNN", steps=(2, 1))
+    new = task({"data": A}, "GNN", residual=first, steps=(3, 1))
+    with pytest.raises(
+        MismatchError,
+        match=r"have 2 steps of input and 1 step of output, and the model 3 steps of input and 1"
+        r" step of output: the residual connection of data counts its step from the oldest",
+    ):
+        load_into(new, checkpoint, align_variables(model=new))
+    new = task({"data": A}, "GNN", residual=first, steps=(2, 2))
+    assert load_into(new, checkpoint, align_variables(model=new), strict=True)
+
+
+def test_other_attributes_are_no_steps() -> None:
+    """As many more columns of coordinates as of variables do not pass for another step."""
+    _, checkpoint = trained("GNN", steps=(2, 1))
+    new = task({"data": A}, "GNN", steps=(3, 1))
+    state_dict = {n: t for n, t in checkpoint["state_dict"].items() if ".node_attributes." not in n}
+    lacking = {**checkpoint, "state_dict": state_dict}
+    report = load_into(new, lacking, align_variables(model=new), filter_shapes(new))
+    assert not any(name.endswith("emb_nodes_src.mlp.0.weight") for name in report.loaded)
+    assert any(name.endswith("emb_nodes_src.mlp.0.bias") for name in report.loaded)
+
+
+@pytest.mark.parametrize("section", ["task", "training"])
+def test_the_configuration_knows_its_steps(section: str) -> None:
+    _, checkpoint = trained("GNN", steps=(2, 1))
+    new = task({"data": A}, "GNN", steps=(2, 2))
+
+    def configured(count: int) -> dict[str, Any]:
+        config = {**checkpoint["hyper_parameters"]["config"], section: {"multistep_output": count}}
+        return {
+            **checkpoint,
+            "hyper_parameters": {**checkpoint["hyper_parameters"], "config": config},
+        }
+
+    for count in (1, 2):  # 2: what was aligned, and has its old configuration, or the other way
+        assert load_into(new, configured(count), align_variables(model=new), strict=True)
+    with pytest.raises(MismatchError, match="but its configuration has 3 steps of output"):
+        load_into(new, configured(3), align_variables(model=new))
 
 
 # ── what no shape tells ───────────────────────────────────────────────────────────────────────
