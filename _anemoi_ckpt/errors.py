@@ -51,6 +51,7 @@ class UnreachableError(CheckpointError, ConnectionError):
 
     retry_after: float = 0.0  # seconds that the server asks to wait
     progressed: bool = False  # whether the attempt brought bytes before it failed
+    lasting: bool = False  # whether another attempt would fail like it
 
 
 class ChangedError(CheckpointError, OSError):

@@ -115,7 +115,7 @@ def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop) -> _
             count += 1
         seconds = _backoff(count, problem.retry_after)
         silence = time.monotonic() - since
-        if stop.is_set():
+        if stop.is_set() or problem.lasting:
             raise problem
         if count > transport.retries or silence + seconds > transport.patience:
             raise _given_up(problem, count, silence, seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import email.utils
 import functools
 import json
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ _NO_CREDENTIALS = {  # names of exceptions
     "UnauthorizedSSOTokenError",
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+_PLAIN = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}  # OpenSSL's
 _NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket", "ssl", "urllib3"}
 
 
@@ -74,7 +77,8 @@ class _Complaint:
 
     def __str__(self) -> str:
         if self.status:
-            return f"the server answered {self.status} {self.code}"
+            code = "" if self.code == str(self.status) else self.code  # of an answer to HEAD
+            return f"the server answered {self.status} {code}".rstrip()
         return f"{type(self.err).__name__}: {self.err}"
 
 
@@ -88,8 +92,31 @@ def _is_replaced(said: _Complaint) -> bool:
     return said.was_seen and said.status in {404, 410, 412, 416}
 
 
+def _lacks_bucket(said: _Complaint) -> bool:
+    text = str(said.err).lower()
+    return said.code in _NO_BUCKET or (said.status == 404 and "bucket does not exist" in text)  # noqa: PLR2004 - as Google says it
+
+
 def _is_missing(said: _Complaint) -> bool:
     return said.status in {404, 410} or isinstance(said.err, FileNotFoundError)
+
+
+def _distrusts(said: _Complaint) -> bool:
+    """Tell whether the server's certificate is not trusted, or there is no file of those that are.
+
+    That file's absence is OpenSSL's error, which names no file, or one of requests.
+    """
+    for link in links(said.err):
+        unnamed = type(link) is FileNotFoundError and link.filename is None
+        if isinstance(link, ssl.SSLCertVerificationError) or (unnamed and not said.status):
+            return True
+    return "TLS CA certificate bundle" in str(said.err)
+
+
+def _speaks_plainly(said: _Complaint) -> bool:
+    """Tell whether a server answered without TLS what it was asked with it."""
+    reasons = (getattr(link, "reason", None) for link in links(said.err))
+    return any(reason in _PLAIN for reason in reasons if isinstance(reason, str))
 
 
 def _is_empty(said: _Complaint) -> bool:
@@ -117,6 +144,24 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         "load it again",
     ),
     (
+        _distrusts,
+        UnreachableError,
+        "its certificate is not trusted, or the file of those that are is not there",
+        "name such a file in REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3), or give your own session",
+    ),
+    (
+        _speaks_plainly,
+        UnreachableError,
+        "the server does not speak TLS",
+        "is it http:// there, or another port?",
+    ),
+    (
+        _lacks_bucket,
+        CheckpointNotFoundError,
+        "there is no such bucket or container",
+        "check its name, and the account or endpoint",
+    ),
+    (
         _is_missing,
         CheckpointNotFoundError,
         "there is no such object",
@@ -142,6 +187,7 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
             found = kind(uri, f"{problem} ({said})", remedy or uri.credentials)
             if isinstance(found, UnreachableError):
                 found.retry_after = _retry_after(err)
+                found.lasting = applies is not _is_unreachable
             return found
     return CheckpointError(uri, str(said), "see the error above, which caused this one")
 
@@ -162,6 +208,7 @@ def _status(err: Any) -> tuple[int, str]:
     status = getattr(err, "status_code", None) or getattr(err, "code", None)  # azure, google
     status = status or getattr(response, "status_code", None)  # requests
     code = getattr(err, "error_code", None) or getattr(response, "reason", None) or ""
+    code = getattr(code, "value", code)  # Azure's are of an Enum
     return (int(status), str(code)) if isinstance(status, int) else (0, "")
 
 
