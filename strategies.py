@@ -931,6 +931,9 @@ def align_variables(  # noqa: PLR0913 - by keyword
     variables get `new`. If a variable is predicted on both sides but read on one side only, its
     output is a value on one side and an increment on the other: that output counts as new.
 
+    A model of Anemoi's with other steps of input or output keeps those that both have: the first
+    steps of output, and the last ones of input. New steps get what new variables do, `new`.
+
     The result records the target's variables as its own, so a second alignment changes nothing.
     States of optimizers and averaged weights would be in the old order, so they are dropped. If the
     variables are the same already, the checkpoint is returned as it is.
@@ -964,7 +967,8 @@ def align_variables(  # noqa: PLR0913 - by keyword
         ValueError: one of them does not fit the others; (the strategy) the checkpoint has no
             variables, both sides know the units of a variable, these differ and `units` has no
             factor for it, a glob chooses nothing, or a tensor's size does not agree with the
-            layout, for which the error shows the sum.
+            layout, for which the error shows the sum; or the steps differ so that none of them
+            need be the model's.
 
     >>> layout = {"encoder.weight": {1: ["all", 1]}}
     >>> align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")

@@ -126,7 +126,8 @@ def fixed_steps(model: torch.nn.Module) -> dict[str, str]:
     What differs is ``"input"`` or ``"output"``, or ``"fewer output"`` if this model has fewer.
     """
     _, core = find_core(model)
-    if "Interpolator" in _class_of(core, "_assemble_input").__name__:
+    assembling = _class_of(core, "_assemble_input").__name__
+    if "Interpolator" in assembling:
         reason = f"the steps of {type(core).__name__} lie between each other"
         return {"input": reason, "output": reason}
     counted = [
@@ -136,7 +137,10 @@ def fixed_steps(model: torch.nn.Module) -> dict[str, str]:
     ]
     reason = f"the residual connection of {few(counted)} counts its step from the oldest on"
     fixed = {"input": reason} if counted else {}
-    if getattr(core, "condition_on_residual", False):  # the same columns' sum would be another one
+    conditioned = getattr(core, "condition_on_residual", False)
+    if (
+        conditioned and "residuals" in _INPUTS[assembling]
+    ):  # the same columns' sum would be another one
         kind = type(core).__name__
         fixed["fewer output"] = f"{kind} reads the residual once more for each step of output"
     return fixed

@@ -44,13 +44,14 @@ def core(  # noqa: PLR0913 - by keyword
     regressors: Sequence[str] | None = None,
     conditioned: bool = False,
     names: Any = None,
+    steps: tuple[int, int] = (S, 1),
 ) -> Any:
     """An encoder-processor-decoder whose inputs are four variables of two steps, and attributes."""
     made = of("anemoi.models.models.x", assembles, _assemble_input=None)()
     if conditioned:
         made.condition_on_residual = True
     made.data_indices = {"data": indices(index)}
-    made.n_step_input, made.n_step_output = S, 1
+    made.n_step_input, made.n_step_output = steps
     made.node_attributes = of("anemoi.models.layers.graph", "NamedNodesAttributes")()
     made.node_attributes.attr_ndims = {"data": A}
     made.dataset2encoder = {"data": "0"} if names is None else names
@@ -68,7 +69,7 @@ def core(  # noqa: PLR0913 - by keyword
         encoder.emb_nodes_src.mlp = nn.Sequential(layer, nn.Linear(WIDTH, WIDTH))
     if targets:
         decoder.emb_nodes_dst = nn.Linear(targets, WIDTH)
-    decoder.node_data_extractor = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4))
+    decoder.node_data_extractor = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * steps[1]))
     made.encoder, made.decoder = nn.ModuleDict({"0": encoder}), nn.ModuleDict({"0": decoder})
     made.boundings = nn.ModuleDict({"data": nn.ModuleList()})
     if regressors is not None:
@@ -157,6 +158,127 @@ def test_targets_are_in_the_order_of_their_features(features: Any, expected: Any
     start = sum(sizes.get(part, part) for part in expected[:place])
     for variable in ("t", "z", "q"):  # in both, these come first
         assert torch.equal(now[:, start + MOVED[variable]], was[:, start + INDEX[variable]])
+
+
+# ── steps ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def stepped(was: tuple[int, int], assembles: str = "AnemoiModelEncProcDec", **options: Any) -> Any:
+    """A model of some steps of input and output."""
+    read = {"Plain": was[0], "Transport": sum(was), "Tend": sum(was)}
+    kind = next((kind for kind in ("Tend", "Transport") if kind in assembles), "Plain")
+    inputs = 4 * read[kind] + A + 3 * was[1] * options.get("conditioned", False)
+    return core(assembles=assembles, inputs=inputs, steps=was, **options)
+
+
+@pytest.mark.parametrize("new", ["zeros", {"u": "t"}])
+@pytest.mark.parametrize("index", [INDEX, REPLACED])
+@pytest.mark.parametrize(
+    ("was", "now"), [((2, 1), (2, 2)), ((2, 3), (3, 1)), ((1, 2), (2, 1)), ((3, 1), (1, 1))]
+)
+def test_the_last_inputs_and_the_first_outputs_are_kept(
+    was: tuple[int, int], now: tuple[int, int], index: dict[str, int], new: Any
+) -> None:
+    if isinstance(new, dict) and "u" not in index:
+        new = "model"
+    before, model = stepped(was), stepped(now, index=index)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    align = align_variables(model=model, new=new)
+    load_into(model, stored(before), align)
+    after = model.state_dict()
+    reads, rows = "encoder.0.emb_nodes_src.weight", "decoder.0.node_data_extractor.1.bias"
+    for back in range(1, now[0] + 1):
+        for place, name in enumerate(n for n in index if n != "tp"):
+            at = 4 * (now[0] - back) + place
+            source = "t" if name == "u" and isinstance(new, dict) else name
+            expected = 0 * own[reads][:, at] if new == "zeros" else own[reads][:, at]
+            if back <= was[0] and source in INDEX:
+                there = [n for n in INDEX if n != "tp"].index(source)
+                expected = before.state_dict()[reads][:, 4 * (was[0] - back) + there]
+            assert torch.equal(after[reads][:, at], expected), (back, name)
+    for step in range(now[1]):
+        for place, name in enumerate(n for n in index if n != "cos"):
+            expected = 0 * own[rows][0] if new == "zeros" else own[rows][4 * step + place]
+            source = "t" if name == "u" and isinstance(new, dict) else name
+            if step < was[1] and source in INDEX:
+                there = [n for n in INDEX if n != "cos"].index(source)
+                expected = before.state_dict()[rows][4 * step + there]
+            assert torch.equal(after[rows][4 * step + place], expected), (step, name)
+    assert torch.equal(after[reads][:, 4 * now[0] :], before.state_dict()[reads][:, 4 * was[0] :])
+    aligned = align(stored(before))
+    assert align(aligned) is aligned
+
+
+TENDENCY = "AnemoiTransportTendModelEncProcDec"
+INTERPOLATOR = "AnemoiModelEncProcDecMultiOutInterpolator"
+
+
+@pytest.mark.parametrize(
+    ("assembles", "was", "now", "options", "told"),
+    [
+        (INTERPOLATOR, (2, 1), (2, 2), {}, "lie between each other"),
+        (INTERPOLATOR, (2, 1), (3, 1), {}, "lie between each other"),
+        (TENDENCY, (2, 2), (2, 1), {"conditioned": True}, "reads the residual once more"),
+        ("AnemoiModelEncProcDec", (2, 1), (3, 1), {}, "residual connection of data"),
+    ],
+)
+def test_steps_that_are_not_the_models_are_refused(
+    assembles: str, was: Any, now: Any, options: dict[str, Any], told: str
+) -> None:
+    old, new = (stepped(steps, assembles, **options) for steps in (was, now))
+    if "residual connection" in told:
+        new.residual = nn.ModuleDict(
+            {"data": of("anemoi.models.layers.residual", "Skip", step=0)()}
+        )
+    for align in (align_variables(model=new), transfer_learning(new)):
+        with pytest.raises(MismatchError, match=rf"have {was[0]} steps of input and .*{told}"):
+            load_into(new, stored(old), align)
+    assert load_into(new, stored(new), align_variables(model=new), strict=True)
+
+
+def test_more_outputs_of_a_tendency_model_and_unaligned_ones() -> None:
+    old, new = (stepped(steps, TENDENCY, conditioned=True) for steps in ((2, 1), (2, 2)))
+    assert load_into(new, stored(old), align_variables(model=new), strict=True)
+    old, new = (stepped(steps, "AnemoiTransportModelEncProcDec") for steps in ((2, 1), (1, 2)))
+    told = "has 2 steps of input and 1 step of output, and the model 1 step of input and 2 steps"
+    with pytest.raises(MismatchError, match=told):  # as many channels, of other steps
+        load_into(new, stored(old), filter_shapes(new))
+    assert load_into(new, stored(old), align_variables(model=new), strict=True)
+
+
+@pytest.mark.parametrize("section", ["task", "training"])
+def test_the_configuration_knows_its_steps(section: str) -> None:
+    old, new = stepped((2, 1)), stepped((2, 2))
+
+    def configured(count: int) -> dict[str, Any]:
+        config = {section: {"multistep_input": 2, "multistep_output": count}, "model": {}}
+        parameters = {"data_indices": old.data_indices, "config": config}
+        return {**stored(old), "hyper_parameters": parameters}
+
+    for count in (1, 2):  # 2: as after an alignment
+        assert load_into(new, configured(count), align_variables(model=new), strict=True)
+    with pytest.raises(MismatchError, match="its configuration has 2 steps of input and 3 steps"):
+        load_into(new, configured(3), align_variables(model=new))
+
+
+def test_a_size_of_no_count_of_steps_shows_the_sum() -> None:
+    old, new = stepped((2, 1)), stepped((2, 2), index=MOVED)
+    extractor = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 6))
+    old.decoder["0"].node_data_extractor = extractor
+    with pytest.raises(MismatchError, match=r"has 6 along axis 0, .*output 4 \+ output 4 = 8"):
+        load_into(new, stored(old), align_variables(model=new))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_unknown_tensor_may_run_over_steps(same: bool) -> None:
+    old, new = stepped((2, 1)), stepped((2, 1) if same else (2, 2))
+    for model in (old, new):
+        model.theirs = nn.Linear(3, 4 * model.n_step_output)
+    if same:
+        assert load_into(new, stored(old), align_variables(model=new), strict=True)
+        return
+    with pytest.raises(MismatchError, match=r"theirs.weight \(axis 0 of size 4 could run over"):
+        load_into(new, stored(old), align_variables(model=new))
 
 
 def test_features_of_ones_own_are_refused() -> None:
