@@ -111,13 +111,12 @@ def _solutions(
         shape = shapes.get(name) or ()
         for axis, parts in axes(entry).items():
             kinds = {part.kind for part in parts if isinstance(part, Step)}
-            if kind not in kinds or axis >= len(shape) or (kind == "output" and len(kinds) > 1):
-                continue
             none, one = (
                 len(labels(with_steps(parts, {**steps, kind: count}), variables))
                 for count in (0, 1)
             )
-            if one > none:
+            alone = kind == "input" or len(kinds) == 1
+            if one > none and alone and axis < len(shape):
                 count, rest = divmod(shape[axis] - none, one - none)
                 yield 0 if rest else max(count, 0)
 
