@@ -44,6 +44,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.interrupts import interruptible
 from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
+from _anemoi_ckpt.places.settings import StoreSettings, store_settings
 from _anemoi_ckpt.places.uploading import committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
@@ -93,7 +94,8 @@ def parse_s3(text: str) -> URI:
     return S3URI(text, *bucket_and_key(text, rest), version or None)
 
 
-register_scheme("s3", parse_s3)
+for _scheme in ("s3", "s3a", "s3n"):  # the others are Hadoop's
+    register_scheme(_scheme, parse_s3)
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
@@ -116,7 +118,11 @@ def client_of(uri: S3URI, params: Params) -> Any:
     """Give the caller's client of boto3, or ours."""
     given = (params or {}).get("client")
     return given or _make_client(
-        imported("boto3", uri), timeout_of(params), environment("AWS_"), os.getpid()
+        imported("boto3", uri),
+        timeout_of(params),
+        store_settings(uri.bucket),
+        environment("AWS_"),
+        os.getpid(),
     )
 
 
@@ -130,12 +136,15 @@ def _asked(params: Params, method: str, options: Mapping[str, Any]) -> dict[str,
 
 
 @functools.lru_cache(maxsize=8)
-def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: int) -> Any:
+def _make_client(
+    boto3: ModuleType, timeout: float, settings: StoreSettings, _environment: object, _pid: int
+) -> Any:
     import botocore  # noqa: PLC0415 - comes with boto3
     import botocore.config  # noqa: PLC0415 - likewise
 
     session = boto3.Session()
-    public = session.get_credentials() is None  # then only a public bucket answers
+    unkeyed = settings.access_key_id is None and session.get_credentials() is None
+    public = settings.skip_signature or unkeyed  # then only a public bucket answers
     config = botocore.config.Config(
         max_pool_connections=CONNECTIONS,
         connect_timeout=timeout,
@@ -144,13 +153,18 @@ def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: 
         signature_version=botocore.UNSIGNED if public else None,
     )
     # boto3 asks for a region even where a store has none
-    region = session.region_name or "us-east-1"
-    client = session.client("s3", region_name=region, config=config)
+    told = {
+        "region_name": settings.region or session.region_name or "us-east-1",
+        "endpoint_url": settings.endpoint_url,
+        "aws_access_key_id": settings.access_key_id,
+        "aws_secret_access_key": settings.secret_access_key,
+    }
+    client = session.client("s3", config=config, **told)
     known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
     other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
     if known and other and not _chooses_checksums(session):
         plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
-        client = session.client("s3", region_name=region, config=config.merge(plain))
+        client = session.client("s3", config=config.merge(plain), **told)
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
     http_session._pool_classes_by_scheme = classes  # noqa: SLF001 - for proxies
