@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 from attrs import frozen
+from zlib_ng import zlib_ng
 
 from _anemoi_ckpt.downloading import (
     Transfer,
@@ -23,10 +24,13 @@ from _anemoi_ckpt.downloading import (
     locked,
     pinned_version,
 )
-from _anemoi_ckpt.errors import redact
-from _anemoi_ckpt.places import URI
+from _anemoi_ckpt.errors import UnreachableError, redact
+from _anemoi_ckpt.places import URI, environment
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
+from _anemoi_ckpt.places.s3 import S3URI
+from _anemoi_ckpt.places.settings import store_settings
+from _anemoi_ckpt.transport import log
 
 _SIGNING = re.compile(
     r"(?i)X-(?:Amz|Goog)-.*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id"
@@ -44,7 +48,24 @@ def cache_folder() -> Path:
 
 
 def download_to_cache(transfer: Transfer) -> Path:
-    """Download a file once for all processes of this machine, while the object is the same."""
+    """Download a file once for all processes of this machine, while the object is the same.
+
+    Offline, a copy that is there serves, and the place is not asked at all.
+    """
+    if is_offline() and not transfer.fresh and (copy := _copy(transfer)):
+        log.warning("%s: offline, so the copy in the cache serves, unasked", transfer.place)
+        return copy
+    try:
+        return _download_to_cache(transfer)
+    except UnreachableError as err:
+        if not transfer.fresh and _copy(transfer):
+            err.remedy += f"; or set {_OFFLINE[0]}=1 to take the copy that is in the cache"
+            err.name_place(err.place)
+        raise
+
+
+def _download_to_cache(transfer: Transfer) -> Path:
+    """Ask the place which object it has, and download that unless the cache has it."""
     version = pinned_version(transfer)
     known = [version.size, version.tag] if version else None
     key = hashlib.sha256(json.dumps([_identity(transfer.place), known]).encode()).hexdigest()[:32]
@@ -54,11 +75,17 @@ def download_to_cache(transfer: Transfer) -> Path:
     )  # without a tag, it may be another object
     kept = tagged and not transfer.fresh
     if kept and _is_kept(target, transfer):
+        with suppress(OSError):  # the newest serves offline
+            os.utime(target.parent / _RECORD)
         return target
     note(target, redact(str(transfer.place)))
     with locked(target):
         if not (kept and _is_kept(target, transfer)):  # another process may have downloaded it
+            (target.parent / _RECORD).unlink(missing_ok=True)
             bring(target, transfer, version)
+            record = {"store": _store(transfer), "sum": _sum(target)}
+            with explained_writing(local_uri(target)):
+                (target.parent / _RECORD).write_text(json.dumps(record), "utf-8")
     return target
 
 
@@ -95,6 +122,61 @@ def _identity(place: URI) -> str:
     return url._replace(netloc=host, query=urllib.parse.urlencode(kept)).geturl()
 
 
+# ── offline ───────────────────────────────────────────────────────────────────────────────────
+
+_OFFLINE = ("ANEMOI_CKPT_OFFLINE", "HF_HUB_OFFLINE")
+_RECORD = ".record"  # beside a cached file: which store's it is, and its checksum
+_STORES = (  # which store a place is in
+    *("AWS_ENDPOINT", "AWS_PROFILE", "AZURE_STORAGE_", "STORAGE_EMULATOR_HOST"),
+    *("HF_ENDPOINT", "MLFLOW_TRACKING_URI"),
+)
+_SUM_BYTES = 1024**2
+
+
+def is_offline() -> bool:
+    """Tell whether the user says that stores are out of reach."""
+    values = (os.environ.get(name, "").strip().lower() for name in _OFFLINE)
+    return any(value in {"1", "true", "yes", "on"} for value in values)
+
+
+def _store(transfer: Transfer) -> str:
+    """Give what tells an object from those of the same name elsewhere, without a secret."""
+    client = (transfer.transport.transport_params or {}).get("client")
+    endpoint = getattr(getattr(client, "meta", None), "endpoint_url", None)
+    if endpoint is None and isinstance(transfer.place, S3URI):
+        endpoint = store_settings(transfer.place.bucket).endpoint_url
+    told = [_identity(transfer.place), endpoint, environment(*_STORES)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _sum(path: Path) -> list[int]:
+    """Compute the size of a file and its CRC-32."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_SUM_BYTES):
+            crc, size = zlib_ng.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]
+
+
+def _copy(transfer: Transfer) -> Path | None:
+    """Find the newest sound copy of an object; None if there is none."""
+    store = _store(transfer)
+    found = []
+    for path in cache_folder().glob(f"*/{_RECORD}"):
+        with suppress(OSError, ValueError):  # another process has cleared it, or it is torn
+            record = json.loads(path.read_text("utf-8"))
+            if record["store"] == store:
+                found.append((path.stat().st_mtime_ns, path.parent, record["sum"]))
+    for _, folder, known in sorted(found, reverse=True):
+        target = folder / (transfer.place.filename or "checkpoint")
+        with suppress(OSError):
+            if _is_kept(target, transfer) and _sum(target) == known:
+                return target
+    return None
+
+
+# ── entries ───────────────────────────────────────────────────────────────────────────────────
+
 _NOTE = ".place"  # beside a cached file: the place that it comes from
 
 
@@ -106,6 +188,7 @@ class CacheEntry:
     folder: Path
     file: Path | None  # None if it is not whole
     size: int  # bytes on the disk
+    offline: bool  # whether it can serve where the place is out of reach
 
 
 def cache_entries(glob: str = "*") -> list[CacheEntry]:
@@ -117,7 +200,8 @@ def cache_entries(glob: str = "*") -> list[CacheEntry]:
             files = [path for path in note.parent.iterdir() if path != note]
             whole = [path for path in files if not path.name.startswith(".")]
             size = sum(path.stat().st_blocks * 512 for path in files)
-            entries.append(CacheEntry(place, note.parent, next(iter(whole), None), size))
+            offline = bool(whole) and (note.parent / _RECORD).is_file()
+            entries.append(CacheEntry(place, note.parent, next(iter(whole), None), size, offline))
     chosen = [entry for entry in entries if fnmatch.fnmatchcase(entry.place, glob)]
     return sorted(chosen, key=lambda entry: -entry.size)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import anemoi_ckpt
-from _anemoi_ckpt.cache import cache_entries, cache_folder, clear_cache
+from _anemoi_ckpt.cache import CacheEntry, cache_entries, cache_folder, clear_cache
 from _anemoi_ckpt.errors import CheckpointError, redact
 from _anemoi_ckpt.pickles.inert import walk
 from _anemoi_ckpt.places import parse_uri
@@ -274,18 +274,30 @@ def _copy(parsed: argparse.Namespace, source: str, target: str) -> Any:
 # ── cache ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def _usable(entry: CacheEntry) -> str:
+    """Tell what a cached file is not good for."""
+    if entry.file is None:
+        return "  (not whole)"
+    return "" if entry.offline else "  (not for offline)"
+
+
 def _run_cache(parsed: argparse.Namespace) -> _Answer:
     entries = cache_entries(parsed.glob)
     if parsed.clear:
         entries = clear_cache(entries)
     if parsed.json:
         told = [
-            {"place": each.place, "file": each.file and str(each.file), "size": each.size}
+            {
+                "place": each.place,
+                "file": each.file and str(each.file),
+                "size": each.size,
+                "offline": each.offline,
+            }
             for each in entries
         ]
         return _as_json(told), 0
     lines = [
-        f"{sized(entry.size):>8}  {entry.place}{'' if entry.file else '  (not whole)'}"
+        f"{sized(entry.size):>8}  {entry.place}{_usable(entry)}"
         + ("" if parsed.clear else f"\n{'':>8}  {entry.file or entry.folder}")
         for entry in entries
     ]

@@ -54,7 +54,7 @@ from strategies import (
 CHECKPOINT = {"state_dict": {"a": torch.ones(200), "b": torch.zeros(3)}, "epoch": 3}
 STRATEGIES = {
     *("weights", "weights_only", "drop_optimizer", "prefer_ema", "training_weights"),
-    *("reset_progress", "keep_progress", "cold_start", "variables"),
+    *("reset_progress", "keep_progress", "cold_start", "variables", "require_finite"),
 }
 
 
@@ -635,11 +635,11 @@ def test_causes_keep_their_messages_and_a_circle_of_them_ends() -> None:
 
 @pytest.mark.parametrize("name", ["clent", "anon", "profile", "endpoint_url", "headers"])
 def test_params_that_a_store_does_not_read_are_named(name: str) -> None:
-    told = rf"transport_params\['{name}'\] means nothing when a S3URI is read; what does: client"
+    told = rf"transport_params\['{name}'\] means nothing when a S3URI is read; .*what does: client"
     for call in (load, peek, metadata, download, functools.partial(load_into, nn.Linear(1, 1))):
         with pytest.raises(TypeError, match=told):
             call("s3://bucket/a.ckpt", transport_params={name: 1})
-    with pytest.raises(TypeError, match=r"GCSURI is written; what does: client, blob_open_kwargs"):
+    with pytest.raises(TypeError, match=r"GCSURI is written; .*what does: client"):
         save({}, "gs://bucket/a.ckpt", transport_params={name: 1})
 
 

@@ -123,6 +123,13 @@ CASES = {
             "AWS_SESSION_TOKEN": SECRET,
         },
     ),
+    "keys in Anemoi's settings": Case(
+        "s3",
+        environment={
+            "ANEMOI_SETTINGS_OBJECT_STORAGE__ACCESS_KEY_ID": f"AKIA{QUOTED}",
+            "ANEMOI_SETTINGS_OBJECT_STORAGE__SECRET_ACCESS_KEY": SECRET,
+        },
+    ),
     "keys in an S3 URI": Case("s3", lambda uri: uri.replace("://", f"://AKIA:{SECRET}@")),
     "a connection string": Case("azure"),  # Azurite's own
     "a connection string that is none": Case(

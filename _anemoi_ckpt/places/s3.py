@@ -46,6 +46,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.interrupts import interruptible
 from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
+from _anemoi_ckpt.places.settings import StoreSettings, store_settings
 from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
@@ -108,7 +109,8 @@ def parse_s3(text: str) -> URI:
     return S3URI(text, *bucket_and_key(text, rest), version or None)
 
 
-register_scheme("s3", parse_s3)
+for _scheme in ("s3", "s3a", "s3n"):  # the others are Hadoop's
+    register_scheme(_scheme, parse_s3)
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
@@ -132,12 +134,14 @@ def client_of(uri: S3URI, params: Params) -> Any:
     check_params(uri, params, writing=True)
     given = params or {}
     options = (given.get("client_kwargs") or {}).get("S3.Client") or {}
+    session = given.get("session")
     return given.get("client") or _make_client(
         imported("boto3", uri),
         timeout_of(params),
         environment("AWS_"),
         os.getpid(),
-        given.get("session"),
+        session,
+        StoreSettings() if session else store_settings(uri.bucket),
         tuple(sorted(options.items())),
     )
 
@@ -196,14 +200,16 @@ def _make_client(
     _environment: object,
     _pid: int,
     session: Any,
+    settings: StoreSettings,
     options: tuple[tuple[str, Any], ...],
 ) -> Any:
     import botocore  # noqa: PLC0415 - comes with boto3
     import botocore.config  # noqa: PLC0415 - likewise
 
     session, given = session or boto3.Session(), dict(options)
-    keyed = "aws_access_key_id" in given or session.get_credentials() is not None
-    public = not keyed  # then only a public bucket answers
+    keyed = "aws_access_key_id" in given or settings.access_key_id is not None
+    unkeyed = not keyed and session.get_credentials() is None
+    public = settings.skip_signature or unkeyed  # then only a public bucket answers
     config = botocore.config.Config(
         max_pool_connections=CONNECTIONS,
         connect_timeout=timeout,
@@ -213,14 +219,20 @@ def _make_client(
     )
     config = config.merge(given.pop("config", None) or botocore.config.Config())
     # boto3 asks for a region even where a store has none
-    region = {"region_name": session.region_name or "us-east-1", **given}
-    client = session.client("s3", config=config, **region)
+    told = {
+        "region_name": settings.region or session.region_name or "us-east-1",
+        "endpoint_url": settings.endpoint_url,
+        "aws_access_key_id": settings.access_key_id,
+        "aws_secret_access_key": settings.secret_access_key,
+        **given,
+    }
+    client = session.client("s3", config=config, **told)
     known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
     other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
     chosen = getattr(config, _CHECKSUMS, None) or _chooses_checksums(session)
     if known and other and not chosen:
         plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
-        client = session.client("s3", config=config.merge(plain), **region)
+        client = session.client("s3", config=config.merge(plain), **told)
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
     http_session._pool_classes_by_scheme = classes  # noqa: SLF001 - for proxies

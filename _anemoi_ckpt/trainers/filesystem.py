@@ -14,7 +14,7 @@ from _anemoi_ckpt.errors import InvalidURIError
 from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, remove_object
 from _anemoi_ckpt.transport import Source, Transport, attempted, listed, locate
 
-_PROTOCOLS = ("s3", "gs", "gcs", "az", "abfs", "abfss")
+_PROTOCOLS = ("s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss")
 
 
 def register(transport: Transport) -> None:

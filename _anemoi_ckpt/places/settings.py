@@ -1,0 +1,147 @@
+"""What Anemoi's settings say of S3: endpoint and keys, for all buckets or for some."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from attrs import field, fields, frozen
+
+from _anemoi_ckpt.errors import CheckpointError
+
+_SECTION = "object-storage"
+_PREFIX = "ANEMOI_SETTINGS_OBJECT_STORAGE__"
+_OTHERS = frozenset({"type", "account_name", "account_key", "sas_token"})  # not of S3
+_SECRET = ("access_key_id", "secret_access_key", "account_name", "account_key", "sas_token")
+
+
+@frozen
+class StoreSettings:
+    """How to reach a bucket; what is None, boto3 finds by itself."""
+
+    endpoint_url: str | None = None
+    access_key_id: str | None = field(default=None, repr=False)
+    secret_access_key: str | None = field(default=None, repr=False)
+    region: str | None = None
+    skip_signature: bool = False
+
+
+_KINDS = {
+    each.name: bool if each.name == "skip_signature" else str for each in fields(StoreSettings)
+}
+
+
+def settings_path() -> Path:
+    """Give the file that `ANEMOI_SETTINGS_FILE` names, or the one in the user's home."""
+    named = os.environ.get("ANEMOI_SETTINGS_FILE")
+    path = Path(named).expanduser() if named else Path.home() / ".config/anemoi/settings.toml"
+    return path.with_suffix(".toml")
+
+
+def store_settings(bucket: str) -> StoreSettings:
+    """Tell how to reach a bucket: by the one section whose glob it matches, else by all buckets'.
+
+    As anemoi-utils has it: the environment comes before the file with secrets, and that before the
+    other; a bucket's own section stands alone.
+
+    Raises:
+        CheckpointError: a file is no TOML, says something else than settings, or others can read
+            the keys in it; or two globs match.
+    """
+    path = settings_path()
+    merged: dict[str, Any] = {}
+    for each in (path, path.with_suffix(".secrets.toml")):
+        for name, value in _section(each).items():
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = {**merged[name], **value} if both else value
+    matching = [
+        name
+        for name, value in merged.items()
+        if isinstance(value, dict) and fnmatch.fnmatch(bucket, name)
+    ]
+    if len(matching) > 1:
+        problem = (
+            f"the sections {' and '.join(map(repr, matching))} are both for the bucket {bucket}"
+        )
+        raise CheckpointError(path, problem, "keep one of them")
+    if matching:
+        chosen = merged[matching[0]]
+    else:
+        chosen = {name: value for name, value in merged.items() if not isinstance(value, dict)}
+        chosen |= _of_environment()
+    kept = {name: value for name, value in chosen.items() if name in _KINDS and value != ""}
+    if ("access_key_id" in kept) != ("secret_access_key" in kept):
+        problem = f"for the bucket {bucket} it has one of access_key_id and secret_access_key"
+        raise CheckpointError(path, problem, "give both, or neither")
+    return StoreSettings(**kept)
+
+
+def _of_environment() -> dict[str, Any]:
+    """Read what the environment says for all buckets."""
+    found: dict[str, Any] = {}
+    for name, kind in _KINDS.items():
+        value = os.environ.get(_PREFIX + name.upper())
+        if value:
+            found[name] = value if kind is str else value.lower() in {"1", "true", "yes", "on"}
+    return found
+
+
+def _section(path: Path) -> dict[str, Any]:
+    """Read one file's section, again only where the file has changed."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    return _parsed(path, status.st_mtime_ns, status.st_size, status.st_mode)
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(path: Path, _modified: int, _size: int, mode: int) -> dict[str, Any]:
+    """Read and check one file's section."""
+    try:
+        text = path.read_text("utf-8")
+        section = tomllib.loads(text).get(_SECTION, {})
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    except ValueError as err:  # its text may show a line, with a key in it
+        where = f" ({err.args[0].rpartition('(')[2]}" if "(at " in str(err) else ""
+        raise CheckpointError(path, f"it is no TOML{where}", "correct it") from None
+    if not isinstance(section, dict):
+        raise CheckpointError(path, f"{_SECTION} is no table", f"write [{_SECTION}]")
+    told = {name: value for name, value in section.items() if not isinstance(value, dict)}
+    tables = {name: value for name, value in section.items() if isinstance(value, dict)}
+    result: dict[str, Any] = _checked(path, f"[{_SECTION}]", told)
+    for name, table in tables.items():
+        result[name] = _checked(path, f"[{_SECTION}.{name!r}]", table)
+    every = [result, *(value for value in result.values() if isinstance(value, dict))]
+    if os.name == "posix" and mode & 0o077 and any(set(_SECRET) & set(each) for each in every):
+        remedy = f"chmod 600 {path}"
+        raise CheckpointError(path, "it has keys in it that other users could read", remedy)
+    return result
+
+
+def _unreadable(path: Path, err: OSError) -> CheckpointError:
+    """Say that a file of settings cannot be read."""
+    return CheckpointError(path, f"it cannot be read ({err.strerror})", "check its permissions")
+
+
+def _checked(path: Path, where: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is no setting, without its value: that may be a key."""
+    result = {}
+    for given, value in table.items():
+        name = given.removeprefix("aws_")  # as anemoi-utils had it
+        if name not in _KINDS and name not in _OTHERS:
+            problem = f"{given} in {where} is no setting"
+            raise CheckpointError(path, problem, f"there are {', '.join(_KINDS)}")
+        kind = _KINDS.get(name, str)
+        if not isinstance(value, kind):
+            problem = f"{given} in {where} is of type {type(value).__name__}"
+            raise CheckpointError(path, problem, f"give a {kind.__name__}")
+        result[name] = value
+    return result
