@@ -666,6 +666,11 @@ class GCSProxy(FaultProxy):
     preconditions (404, 412, 304), suffix ranges, 416, and the `X-Goog-*` headers and ETag.
 
     https://cloud.google.com/storage/docs/json_api/v1/objects/get
+
+    And of a resumable upload: bytes that are there already may be sent again, and an upload that
+    is finished answers as it did.
+
+    https://cloud.google.com/storage/docs/performing-resumable-uploads
     """
 
     _OBJECT = re.compile(r"(?:/download)?(?:/storage/v1)?(/b/[^/]+/o/[^/]+)")
@@ -673,11 +678,19 @@ class GCSProxy(FaultProxy):
     def __init__(self, host: str, port: int) -> None:
         super().__init__("gcs", host, port)
         self._one_at_a_time = threading.Lock()
+        self._uploads: dict[str, Reply] = {}
+        """The last answer to each part of a resumable upload, by its session and range."""
 
     def forward(self, request: Request) -> Reply:
         """One at a time: the emulator has one thread and a short queue."""
+        part = f"{request.target} {request.headers['Content-Range']}"
         with self._one_at_a_time:
-            return super().forward(request)
+            if part in self._uploads:
+                return self._uploads[part]
+            reply = super().forward(request)
+            if request.method == "PUT" and "upload_id=" in request.query and reply.status < 400:
+                self._uploads[part] = reply
+            return reply
 
     def answer(self, request: Request, fault: Fault) -> Reply:
         found = self._OBJECT.fullmatch(request.path)

@@ -283,6 +283,8 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     def opened(upload: Upload) -> Any:
         client = client_of(uri, transport_params)
         requests = {name: functools.partial(_sent, getattr(client, name)) for name in _REQUESTS}
+        begin = client.create_multipart_upload
+        requests["create_multipart_upload"] = functools.partial(_begun, begin)
         requests["complete_multipart_upload"] = functools.partial(_completed, uri, transport_params)
         params = with_client(transport_params, Requesting(client, upload, requests))
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
@@ -290,12 +292,20 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     return committed(uri, uri.version_id, opened)
 
 
-_REQUESTS = ("create_multipart_upload", "upload_part", "put_object")
+_REQUESTS = ("upload_part", "put_object")
+
+
+def _begun(method: Callable[..., Any], **options: Any) -> Any:
+    """Begin an upload."""
+    answer = method(**options)
+    if "UploadId" not in answer:  # botocore takes an answer that was cut for one without fields
+        raise EOFError("the answer has no body")
+    return answer
 
 
 def _sent(method: Callable[..., Any], **options: Any) -> Any:
-    """Send a request, its body from the beginning: an attempt before may have read it."""
-    if hasattr(options.get("Body"), "seek"):
+    """Send a body from its beginning: an attempt before may have read it."""
+    if hasattr(options["Body"], "seek"):
         options["Body"].seek(0)
     return method(**options)
 
@@ -308,8 +318,11 @@ def _completed(uri: S3URI, params: Params, **options: Any) -> Any:
             tries that again, too: some stores do not know an upload at once.
     """
     client = client_of(uri, params)
+    problem: Exception = EOFError("the answer has no body")
     try:
-        return client.complete_multipart_upload(**options)
+        answer = client.complete_multipart_upload(**options)
+        if "ETag" in answer:
+            return answer
     except client.exceptions.ClientError as err:
         if err.response.get("Error", {}).get("Code") != "NoSuchUpload":
             raise
