@@ -41,6 +41,9 @@ _NO_CREDENTIALS = {  # names of exceptions
     "UnauthorizedSSOTokenError",
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_ON_THE_WAY = {  # S3's codes of 400: what was sent came late, in part, or with a bit flipped
+    *("BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentChecksumMismatch"),
+}
 _NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket", "ssl", "urllib3"}
 
 
@@ -99,7 +102,8 @@ def _is_empty(said: _Complaint) -> bool:
 def _is_unreachable(said: _Complaint) -> bool:
     """Tell whether the server is busy, or the network was lost: another attempt may go well."""
     if said.status:
-        return said.status in {408, 429} or said.status >= 500  # noqa: PLR2004 - server errors
+        busy = said.status in {408, 429} or said.status >= 500  # noqa: PLR2004 - server errors
+        return busy or said.code in _ON_THE_WAY
     err = said.err
     misused = isinstance(err, ValueError) and not isinstance(err, json.JSONDecodeError)
     misused = misused or type(err).__name__ == "ParamValidationError"

@@ -147,10 +147,10 @@ def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: 
     # boto3 asks for a region even where a store has none
     region = session.region_name or "us-east-1"
     client = session.client("s3", region_name=region, config=config)
-    known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
-    other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
-    if known and other and not _chooses_checksums(session):
-        plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
+    if not _AMAZON.search(client.meta.endpoint_url):  # then it need not know checksums
+        known = botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
+        names = [each for each in _CHECKSUMS if each in known and not _is_chosen(each, session)]
+        plain = botocore.config.Config(**dict.fromkeys(names, "when_required"))
         client = session.client("s3", region_name=region, config=config.merge(plain))
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
@@ -159,15 +159,14 @@ def _make_client(boto3: ModuleType, timeout: float, _environment: object, _pid: 
     return client
 
 
-_CHECKSUMS = "request_checksum_calculation"
+_CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
 _AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?(:\d+)?/?$")
 
 
-def _chooses_checksums(session: Any) -> bool:
-    """Tell whether the user says when an upload has a checksum, in the environment or a profile."""
+def _is_chosen(name: str, session: Any) -> bool:
+    """Tell whether the user says when there are checksums, in the environment or a profile."""
     profile = session._session.get_scoped_config()  # noqa: SLF001 - boto3 has no public way
-    named = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION")
-    return bool(named or profile.get(_CHECKSUMS))
+    return bool(os.environ.get(f"AWS_{name.upper()}") or profile.get(name))
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
@@ -229,13 +228,21 @@ def read_s3_range(
 @read_version.register
 def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
     """Ask with HeadObject. The ETag of a single-part upload is its MD5, unless KMS encrypts it."""
-    options = {"Bucket": uri.bucket, "Key": uri.key, "ChecksumMode": "ENABLED"}
+    options = {"Bucket": uri.bucket, "Key": uri.key}
     if uri.version_id:
         options["VersionId"] = uri.version_id
+    options = _asked(transport_params, "head_object", options)
     with explained(uri):
-        response = client_of(uri, transport_params).head_object(
-            **_asked(transport_params, "head_object", options)
-        )
+        client = client_of(uri, transport_params)
+        try:
+            chosen = os.environ.get("AWS_RESPONSE_CHECKSUM_VALIDATION", "").lower()
+            mode = {} if chosen == "when_required" else {"ChecksumMode": "ENABLED"}
+            response = client.head_object(**mode, **options)
+        except client.exceptions.ClientError as err:
+            status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status not in {400, 501}:  # by some stores that know no checksums
+                raise
+            response = client.head_object(**options)
     names = ("sha256", "sha1", "crc32", "crc32c")
     digests = decoded({name: response.get(f"Checksum{name.upper()}") for name in names})
     tag = response.get("ETag")
