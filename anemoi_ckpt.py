@@ -63,7 +63,7 @@ from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
 from _anemoi_ckpt.matching import Terms, matched, tracked
-from _anemoi_ckpt.opening import opened
+from _anemoi_ckpt.opening import Opened, looked, opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
 from _anemoi_ckpt.places import (
     URI,
@@ -292,7 +292,7 @@ def peek(
     ('w', (250,), torch.float32)
     """
     transport = Transport(transport_params, retries, timeout)
-    return look_into(opened(locate(uri, transport), transport))
+    return looked(locate(uri, transport), transport, look_into)
 
 
 @takes_strategies
@@ -466,9 +466,12 @@ def metadata(
         CheckpointError: as `load`.
     """
     transport = Transport(transport_params, retries, timeout)
-    checkpoint = opened(locate(uri, transport), transport)
-    found = _metadata.read_metadata(checkpoint.archive)
-    return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
+
+    def look(checkpoint: Opened) -> Any:
+        found = _metadata.read_metadata(checkpoint.archive)
+        return (found, _metadata.read_arrays(checkpoint, found)) if arrays else found
+
+    return looked(locate(uri, transport), transport, look)
 
 
 @public
@@ -772,12 +775,15 @@ def _members(checkpoint: Any, metadata: Any, transport: Transport) -> dict[str, 
     uri = parse_uri(metadata)
     read = _read_params(uri, transport.transport_params)
     transport = evolve(transport, transport_params=read)
-    source = opened(locate(uri, transport), transport)
-    found = _metadata.find_metadata(source.archive)
-    if found is None:
-        return {}
-    arrays = _metadata.read_array_bytes(source, found)
-    return _metadata.embedded(_metadata.brought_up_to_date(found, checkpoint), arrays)
+
+    def look(source: Opened) -> dict[str, Any]:
+        found = _metadata.find_metadata(source.archive)
+        if found is None:
+            return {}
+        arrays = _metadata.read_array_bytes(source, found)
+        return _metadata.embedded(_metadata.brought_up_to_date(found, checkpoint), arrays)
+
+    return looked(locate(uri, transport), transport, look)
 
 
 def _read_params(uri: URI, params: Params) -> dict[str, Any]:

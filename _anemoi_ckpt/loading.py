@@ -17,7 +17,7 @@ from _anemoi_ckpt.errors import CorruptError
 from _anemoi_ckpt.fetching import fetched, spare_bytes
 from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
-from _anemoi_ckpt.opening import Opened, opened, opened_by_ranks
+from _anemoi_ckpt.opening import Opened, can_differ, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
 from _anemoi_ckpt.places.streams import Place, parse_place
 from _anemoi_ckpt.planning import Strategy, planned, random_states
@@ -118,14 +118,27 @@ def _loaded_alone(
     transport: Transport,
 ) -> Loaded:
     place = locate(uri, transport)
+    directory = None
     try:
         checkpoint = opened(place, transport, progress)
+        directory = _directory(checkpoint)
         return completed(checkpoint, strategies, trust, progress)
     except CorruptError:
-        if not transport.cached:
+        if transport.cached:  # damaged since its download
+            checkpoint = opened(place, transport, progress, fresh=True)
+        elif directory is None or not can_differ(place, transport):
             raise
-    checkpoint = opened(place, transport, progress, fresh=True)  # damaged since its download
+        else:
+            checkpoint = opened(place, transport, progress)
+            if _directory(checkpoint) == directory:  # no bit of it flipped on the way
+                raise
     return completed(checkpoint, strategies, trust, progress)
+
+
+def _directory(checkpoint: Opened) -> tuple[Any, ...]:
+    """Give where an archive has its records, which no checksum covers."""
+    archive = checkpoint.archive
+    return archive.byteorder, dict(archive.records), dict(archive.members)
 
 
 def completed(

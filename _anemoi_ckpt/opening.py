@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from attrs import evolve, frozen
 
@@ -46,10 +47,13 @@ from _anemoi_ckpt.parallel import in_parallel
 from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, sibling
 from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
 from _anemoi_ckpt.places.local import LocalURI
+from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
 from _anemoi_ckpt.transport import Source, Transport
 from _anemoi_ckpt.unpacking import GZIP_MARK, bounded
+
+log = logging.getLogger("anemoi_ckpt")
 
 _CHUNK_BYTES = 1024**2  # that are unpacked at once
 _SIGNATURE_BYTES = 512  # enough to tell every format, and what is none
@@ -82,6 +86,8 @@ def opened(
 ) -> Opened:
     """Open what a place holds: move its first and last blocks, and what else the pickle takes.
 
+    What makes no sense is fetched anew, once: a bit may have flipped on the way.
+
     Args:
         place: where it is, as `locate` tells it.
         transport: how to reach it.
@@ -91,7 +97,24 @@ def opened(
     Raises:
         CheckpointError: it cannot be read, or is no checkpoint.
     """
+    try:
+        return _opened_once(place, transport, progress, fresh=fresh)
+    except (CorruptError, NotACheckpointError) as err:
+        if not can_differ(place, transport):
+            raise
+        problem = err
+    log.info("fetched anew, because of what came from %s: %s", problem.place, problem.problem)
+    return _opened_once(place, transport, progress)
 
+
+def can_differ(place: URI, transport: Transport) -> bool:
+    """Tell whether other bytes may come than before, of the same object."""
+    return not (transport.cached or isinstance(place, LocalURI | MemoryURI))
+
+
+def _opened_once(
+    place: URI, transport: Transport, progress: Progress, *, fresh: bool = False
+) -> Opened:
     def at(uri: URI) -> URI:
         if not transport.cached:
             return uri
@@ -111,6 +134,23 @@ def opened(
         origin = Source(first, Version(len(data)), transport, moved=[len(data)])
         source, blocks = in_memory(first, data)
     return _opened(origin, source, blocks, progress, beside)
+
+
+_T = TypeVar("_T")
+
+
+def looked(place: URI, transport: Transport, look: Callable[[Opened], _T]) -> _T:
+    """Open what a place holds, and look at it; once more if what came for that is damaged.
+
+    Raises:
+        CheckpointError: as `opened`, and as `look`.
+    """
+    try:
+        return look(opened(place, transport))
+    except CorruptError:
+        if not can_differ(place, transport):
+            raise
+    return look(opened(place, transport))
 
 
 def opened_by_ranks(

@@ -57,7 +57,8 @@ def _explained(place: URI) -> Iterator[None]:
         yield
     except Exception as err:
         for link in links(err):  # torch's writer hides what its stream raised
-            if isinstance(link, CheckpointError | OSError):
+            is_interrupt = not isinstance(link, Exception)
+            if is_interrupt or isinstance(link, CheckpointError | OSError):
                 raise link from link.__cause__
         raise CheckpointError(
             place,

@@ -12,8 +12,17 @@ import pytest
 import torch
 
 import servers
-from anemoi_ckpt import CheckpointError, CorruptError, download, load
-from checkpoints import assert_same, lightning_checkpoint
+from anemoi_ckpt import (
+    CheckpointError,
+    CorruptError,
+    NotACheckpointError,
+    download,
+    load,
+    metadata,
+    peek,
+    save,
+)
+from checkpoints import as_bytes, assert_same, lightning_checkpoint
 from strategies import weights
 
 FLIPS = 200
@@ -119,3 +128,90 @@ def test_bits_that_flip_on_the_way(data: bytes, http_server: servers.HTTPServer)
         outcomes.append(outcome(lambda: load(uri, weights), right))
     assert set(outcomes) <= {"equal", "CorruptError", "NotACheckpointError"}
     assert len(set(outcomes)) > 1
+
+
+# ── what comes with the first and the last block ──────────────────────────────────────────────
+
+BLOCK_BYTES = 64 * 1024
+LARGE = {"w": torch.rand(50_000), "v": torch.arange(40_000), "epoch": 3}  # more than two blocks
+SERVED = as_bytes(LARGE)
+# the pickle with its local headers, and the directory; what is between them is of tensors
+ENDS = [
+    *range(SERVED.index(b"PK\3\4", 100) + 100),
+    *range(SERVED.index(b"PK\1\2"), len(SERVED)),
+]
+
+
+def flips_in(server: servers.HTTPServer, byte: int, bit: int, *, once: bool) -> None:
+    """Have a bit of the first or the last block wrong, in the first answer with it or in all."""
+    left = [1]
+    in_first = byte < BLOCK_BYTES
+    asked = "bytes=0-65535" if in_first else "bytes=-65536"
+    offset = byte if in_first else byte - (len(SERVED) - BLOCK_BYTES)
+
+    def spoil(request: servers.Request) -> servers.Fault | None:
+        if request.range != asked or not left[0]:
+            return None
+        left[0] -= once
+        return servers.Fault(flip=8 * offset + bit)
+
+    server.fault = spoil
+
+
+def what_is_seen(uri: str) -> Any:
+    contents = peek(uri)
+    return contents.keys, [(each.name, each.shape, each.dtype) for each in contents.tensors]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bit_of_the_ends_that_flips_on_the_way(
+    seed: int, http_server: servers.HTTPServer
+) -> None:
+    chosen = random.Random(seed)
+    uri = http_server.put("a.ckpt", SERVED)
+    seen = what_is_seen(uri)
+    for byte in chosen.sample(ENDS, 60):
+        for look, right in ((load, LARGE), (what_is_seen, seen)):
+            http_server.reset()
+            flips_in(http_server, byte, chosen.randrange(8), once=True)
+            assert_same(look(uri), right)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_bit_of_the_ends_that_is_always_wrong(seed: int, http_server: servers.HTTPServer) -> None:
+    chosen = random.Random(seed)
+    uri = http_server.put("a.ckpt", SERVED)
+    outcomes = set()
+    for byte in chosen.sample(ENDS, 60):
+        http_server.reset()
+        flips_in(http_server, byte, chosen.randrange(8), once=False)
+        try:
+            found = load(uri)
+        except (CorruptError, NotACheckpointError) as err:
+            assert str(err).startswith(f"{uri}: ")  # noqa: PT017 - or none is raised
+            outcomes.add("told")
+        else:
+            assert_same(found, LARGE)  # a date, say
+            outcomes.add("harmless")
+        assert len(http_server.log) < 20
+    assert outcomes == {"told", "harmless"}
+
+
+def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save(LARGE, path, metadata={"run_id": "abc"})
+    data = path.read_bytes()
+    uri = http_server.put("a.ckpt", data)
+    at = data.index(b'"abc"') + 1 - (len(data) - BLOCK_BYTES)
+    http_server.reset()
+    left = [1]
+
+    def spoil(request: servers.Request) -> servers.Fault | None:
+        if request.range != "bytes=-65536" or not left[0]:
+            return None
+        left[0] -= 1
+        return servers.Fault(flip=8 * at)
+
+    http_server.fault = spoil
+    assert metadata(uri)["run_id"] == "abc"
+    assert left == [0]

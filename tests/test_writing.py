@@ -328,3 +328,27 @@ def test_a_profile_may_ask_for_checksums(s3: servers.Store, tmp_path: Path, monk
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     client = s3_place.client_of(anemoi_ckpt.parse_uri(s3.uri("a.ckpt")), None)
     assert client.meta.config.request_checksum_calculation == "when_supported"
+
+
+def refuses_checksums(request: servers.Request) -> servers.Fault | None:
+    """As a store that knows neither of the headers, nor trailers."""
+    names = {name.lower() for name in request.headers}
+    known = {"x-amz-checksum-mode", "x-amz-trailer", "x-amz-sdk-checksum-algorithm"}
+    return servers.Fault(status=501) if names & known else None
+
+
+@pytest.mark.parametrize("chosen", [None, "when_required"])
+def test_a_store_that_knows_no_checksums(
+    chosen: str | None, s3: servers.Store, tmp_path: Path, monkeypatch
+) -> None:
+    s3.server.fault = refuses_checksums
+    if chosen:
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", chosen)
+        monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", chosen)
+    uri = save({"w": torch.arange(3)}, s3.uri("plain/a.ckpt"))
+    assert load(uri)["w"].tolist() == [0, 1, 2]
+    assert load(anemoi_ckpt.download(uri, tmp_path / "a.ckpt"))["w"].tolist() == [0, 1, 2]
+    with open_stream(uri) as stream:
+        assert len(stream.read()) > 0
+    refused = [request for request in s3.server.log if request.status == 501]
+    assert {request.method for request in refused} == (set() if chosen else {"HEAD"})

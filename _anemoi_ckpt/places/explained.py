@@ -11,6 +11,7 @@ import functools
 import json
 import ssl
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,9 @@ _NO_CREDENTIALS = {  # names of exceptions
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 _PLAIN = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}  # OpenSSL's
+_ON_THE_WAY = {  # S3's codes of 400: what was sent came late, in part, or with a bit flipped
+    *("BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentChecksumMismatch"),
+}
 _NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket", "ssl", "urllib3"}
 
 
@@ -107,10 +111,18 @@ def _distrusts(said: _Complaint) -> bool:
     That file's absence is OpenSSL's error, which names no file, or one of requests.
     """
     for link in links(said.err):
-        unnamed = type(link) is FileNotFoundError and link.filename is None
-        if isinstance(link, ssl.SSLCertVerificationError) or (unnamed and not said.status):
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return True
+        if type(link) is FileNotFoundError and _is_raised_in(
+            link, ssl.__name__, "urllib3.util.ssl_"
+        ):
             return True
     return "TLS CA certificate bundle" in str(said.err)
+
+
+def _is_raised_in(err: BaseException, *modules: str) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(err.__traceback__))
+    return any(frame.f_globals.get("__name__") in modules for frame in frames)
 
 
 def _speaks_plainly(said: _Complaint) -> bool:
@@ -126,7 +138,8 @@ def _is_empty(said: _Complaint) -> bool:
 def _is_unreachable(said: _Complaint) -> bool:
     """Tell whether the server is busy, or the network was lost: another attempt may go well."""
     if said.status:
-        return said.status in {408, 429} or said.status >= 500  # noqa: PLR2004 - server errors
+        busy = said.status in {408, 429} or said.status >= 500  # noqa: PLR2004 - server errors
+        return busy or said.code in _ON_THE_WAY
     err = said.err
     misused = isinstance(err, ValueError) and not isinstance(err, json.JSONDecodeError)
     misused = misused or type(err).__name__ == "ParamValidationError"

@@ -227,11 +227,14 @@ def _make_client(
         **given,
     }
     client = session.client("s3", config=config, **told)
-    known = _CHECKSUMS in botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
-    other = not _AMAZON.search(client.meta.endpoint_url)  # which need not know them
-    chosen = getattr(config, _CHECKSUMS, None) or _chooses_checksums(session)
-    if known and other and not chosen:
-        plain = botocore.config.Config(**{_CHECKSUMS: "when_required"})
+    if not _AMAZON.search(client.meta.endpoint_url):  # then it need not know checksums
+        known = botocore.config.Config.OPTION_DEFAULTS  # of boto3 1.36 and newer
+        names = [
+            each
+            for each in _CHECKSUMS
+            if each in known and not getattr(config, each) and not _is_chosen(each, session)
+        ]
+        plain = botocore.config.Config(**dict.fromkeys(names, "when_required"))
         client = session.client("s3", config=config.merge(plain), **told)
     http_session = client._endpoint.http_session  # noqa: SLF001 - botocore has no public way
     classes = interruptible(http_session._pool_classes_by_scheme)  # noqa: SLF001 - likewise
@@ -240,15 +243,14 @@ def _make_client(
     return client
 
 
-_CHECKSUMS = "request_checksum_calculation"
+_CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
 _AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?(:\d+)?/?$")
 
 
-def _chooses_checksums(session: Any) -> bool:
-    """Tell whether the user says when an upload has a checksum, in the environment or a profile."""
+def _is_chosen(name: str, session: Any) -> bool:
+    """Tell whether the user says when there are checksums, in the environment or a profile."""
     profile = session._session.get_scoped_config()  # noqa: SLF001 - boto3 has no public way
-    named = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION")
-    return bool(named or profile.get(_CHECKSUMS))
+    return bool(os.environ.get(f"AWS_{name.upper()}") or profile.get(name))
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────
@@ -333,11 +335,19 @@ def _read_once(  # noqa: PLR0913 - as `read_range`, and how much
 @read_version.register
 def read_s3_version(uri: S3URI, transport_params: Params = None) -> Version:
     """Ask with HeadObject. The ETag of a single-part upload is its MD5, unless KMS encrypts it."""
-    options = {**_object(uri, transport_params), "ChecksumMode": "ENABLED"}
+    options = {**_object(uri, transport_params)}
+    options = _asked(uri, transport_params, "head_object", **options)
     with explained(uri):
-        response = client_of(uri, transport_params).head_object(
-            **_asked(uri, transport_params, "head_object", **options)
-        )
+        client = client_of(uri, transport_params)
+        try:
+            chosen = os.environ.get("AWS_RESPONSE_CHECKSUM_VALIDATION", "").lower()
+            mode = {} if chosen == "when_required" else {"ChecksumMode": "ENABLED"}
+            response = client.head_object(**mode, **options)
+        except client.exceptions.ClientError as err:
+            status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status not in {400, 501}:  # by some stores that know no checksums
+                raise
+            response = client.head_object(**options)
     names = ("sha256", "sha1", "crc32", "crc32c")
     digests = decoded({name: response.get(f"Checksum{name.upper()}") for name in names})
     tag = response.get("ETag")
@@ -401,8 +411,8 @@ _REQUESTS = ("upload_part", "put_object")
 
 
 def _sent(method: Callable[..., Any], **options: Any) -> Any:
-    """Send a request, its body from the beginning: an attempt before may have read it."""
-    if hasattr(options.get("Body"), "seek"):
+    """Send a body from its beginning: an attempt before may have read it."""
+    if hasattr(options["Body"], "seek"):
         options["Body"].seek(0)
     return method(**options)
 
@@ -430,8 +440,11 @@ def _completed(uri: S3URI, params: Params, **options: Any) -> Any:
             tries that again, too: some stores do not know an upload at once.
     """
     client = client_of(uri, params)
+    problem: Exception = EOFError("the answer has no body")
     try:
-        return client.complete_multipart_upload(**options)
+        answer = client.complete_multipart_upload(**options)
+        if "ETag" in answer:
+            return answer
     except client.exceptions.ClientError as err:
         if err.response.get("Error", {}).get("Code") != "NoSuchUpload":
             raise
