@@ -290,8 +290,7 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
     def opened(upload: Upload) -> Any:
         client = client_of(uri, transport_params)
         requests = {name: functools.partial(_sent, getattr(client, name)) for name in _REQUESTS}
-        begin = client.create_multipart_upload
-        requests["create_multipart_upload"] = functools.partial(_begun, begin)
+        requests["create_multipart_upload"] = functools.partial(_created, uri, client)
         requests["complete_multipart_upload"] = functools.partial(_completed, uri, transport_params)
         params = with_client(transport_params, Requesting(client, upload, requests))
         return imported("smart_open.s3", uri).open(uri.bucket, uri.key, "wb", **params)
@@ -302,19 +301,26 @@ def open_s3_writer(uri: S3URI, transport_params: Params = None) -> Writer:
 _REQUESTS = ("upload_part", "put_object")
 
 
-def _begun(method: Callable[..., Any], **options: Any) -> Any:
-    """Begin an upload."""
-    answer = method(**options)
-    if "UploadId" not in answer:  # botocore takes an answer that was cut for one without fields
-        raise EOFError("the answer has no body")
-    return answer
-
-
 def _sent(method: Callable[..., Any], **options: Any) -> Any:
-    """Send a body from its beginning: an attempt before may have read it."""
-    if hasattr(options["Body"], "seek"):
+    """Send a request, its body from the beginning: an attempt before may have read it."""
+    if hasattr(options.get("Body"), "seek"):
         options["Body"].seek(0)
     return method(**options)
+
+
+def _created(uri: S3URI, client: Any, **options: Any) -> Any:
+    """Begin an upload.
+
+    Raises:
+        UnreachableError: the answer ended before it named the upload; botocore takes none for an
+            answer without entries.
+    """
+    answer = client.create_multipart_upload(**options)
+    if "UploadId" not in answer:
+        raise UnreachableError(
+            uri, "the answer names no upload", "check the network and the server"
+        )
+    return answer
 
 
 def _completed(uri: S3URI, params: Params, **options: Any) -> Any:

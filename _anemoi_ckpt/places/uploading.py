@@ -40,12 +40,8 @@ class Attempts(Protocol):
         """Give what the function gives."""
 
 
-def _at_once(call: Callable[[], Any], *, once: bool = False, seconds: float | None = None) -> Any:  # noqa: ARG001 - a policy's
-    return call()
-
-
 _chosen: ContextVar[Attempts] = ContextVar("_chosen")
-_usual: list[Attempts] = [_at_once]
+_usual: list[Attempts] = []  # what `register_attempts` was given
 
 
 def register_attempts(attempts: Attempts) -> None:
