@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import _anemoi_ckpt.transport
+from _anemoi_ckpt.places.interrupts import Stop
 from anemoi_ckpt import (
     AccessDeniedError,
     CheckpointError,
