@@ -215,3 +215,12 @@ def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path
     http_server.fault = spoil
     assert metadata(uri)["run_id"] == "abc"
     assert left == [0]
+
+
+def test_damaged_metadata_of_a_file_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save(LARGE, path, metadata={"run_id": "abc"})
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, 8 * (data.index(b'"abc"') + 1)))
+    with pytest.raises(CorruptError, match=f"{path}: .*do not match their checksum"):
+        metadata(path)

@@ -411,8 +411,8 @@ _REQUESTS = ("upload_part", "put_object")
 
 
 def _sent(method: Callable[..., Any], **options: Any) -> Any:
-    """Send a body from its beginning: an attempt before may have read it."""
-    if hasattr(options["Body"], "seek"):
+    """Send a request, its body from the beginning: an attempt before may have read it."""
+    if hasattr(options.get("Body"), "seek"):
         options["Body"].seek(0)
     return method(**options)
 
