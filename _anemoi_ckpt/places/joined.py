@@ -30,11 +30,6 @@ class JoinedURI(URI):
         """How many reads at once the first of its parts allows."""
         return self.parts[0][0].connections
 
-    @property
-    def filename(self) -> str:
-        """The name of the index."""
-        return self.text.rpartition("/")[2]
-
 
 @read_range.register
 def read_joined_range(
