@@ -170,6 +170,11 @@ def test_standard_input_and_output(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     monkeypatch.setattr(sys, "stdin", Standard(data))
     answer(capsys, "copy", "-", "w.ckpt", "--weights")
     assert list(load("w.ckpt")) == list(checkpoint()["state_dict"])
+    here = io.TextIOWrapper(io.BytesIO())
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", here)
+        assert main(["copy", "a.ckpt", "-"]) == 0
+    assert here.buffer.getvalue() == data  # type: ignore[attr-defined] # a BytesIO
     for options, keys in (
         ((), list(checkpoint())),
         (("--weights",), ["model.encoder.weight", "model.head.bias"]),
