@@ -47,7 +47,7 @@ from _anemoi_ckpt.transport import (
     log,
     stream_whole,
 )
-from _anemoi_ckpt.unpacking import GZIP_MARK, bounded, unzipped_start
+from _anemoi_ckpt.unpacking import GZIP_MARK, SNIFFED_BYTES, bounded, unzipped_start
 
 # ── download ──────────────────────────────────────────────────────────────────────────────────
 
@@ -173,7 +173,7 @@ def _is_coded(part: _Part, codings: str) -> bool:
     if "gzip" not in codings:
         return False
     with part.opened("rb") as file:
-        start = file.read(_SNIFFED_BYTES)
+        start = file.read(SNIFFED_BYTES)
     twice = unzipped_start(start).startswith(GZIP_MARK)
     return start.startswith(GZIP_MARK) and (twice or part.target.suffix.lower() != ".gz")
 
@@ -298,7 +298,6 @@ def _send_file(
 
 # ── part ──────────────────────────────────────────────────────────────────────────────────────
 
-_SNIFFED_BYTES = 4096  # more than a header of gzip takes, with the names in it
 _WRITE_BYTES = 128 * 1024  # more takes large pages, which a virtual machine's host gives slowly
 
 

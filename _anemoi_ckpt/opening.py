@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -50,10 +49,8 @@ from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
-from _anemoi_ckpt.transport import Source, Transport
+from _anemoi_ckpt.transport import Source, Transport, log
 from _anemoi_ckpt.unpacking import GZIP_MARK, bounded
-
-log = logging.getLogger("anemoi_ckpt")
 
 _CHUNK_BYTES = 1024**2  # that are unpacked at once
 _SIGNATURE_BYTES = 512  # enough to tell every format, and what is none

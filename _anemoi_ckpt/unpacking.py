@@ -9,6 +9,7 @@ from typing import Any
 from _anemoi_ckpt.errors import CorruptError
 
 GZIP_MARK = b"\x1f\x8b\x08"  # how what gzip deflated begins (RFC 1952 2.3)
+SNIFFED_BYTES = 4096  # more than a header of gzip takes, with the names in it
 _RATIO = 8  # weights deflate by a tenth, and a checkpoint with many zeros to a half
 _LEAST_BYTES = 64 * 1024**2  # which is never too much
 

@@ -1,7 +1,7 @@
 """What `verify` gives: whether an object is what was written, read once from its first byte on.
 
 Parts are read in parallel and checked in their order, so that digests can be computed in constant
-memory: as many parts are held as there are connections.
+memory: that of a fixed number of parts.
 
 verify · stream · check
 """
@@ -38,7 +38,6 @@ from _anemoi_ckpt.transport import PART_BYTES, Source, Transport, find_version
 
 _PARTS = 16  # that are in memory at once, at most
 _CHUNK_BYTES = 1024**2  # of a record that is read once more
-
 _WAIT_SECONDS = 0.1  # for another part's turn, before the stop is looked at
 _T = TypeVar("_T")
 _Reading = Generator[int, memoryview, _T]  # asks for at most so many bytes, and is sent some

@@ -38,7 +38,7 @@ from _anemoi_ckpt.places.azure import is_azure_host, parse_azure_url
 from _anemoi_ckpt.places.explained import explained
 from _anemoi_ckpt.places.responses import decoded, range_header, read_socket, register_body
 from _anemoi_ckpt.places.sessions import mounted
-from _anemoi_ckpt.unpacking import GZIP_MARK, bounded, unzipped_start
+from _anemoi_ckpt.unpacking import GZIP_MARK, SNIFFED_BYTES, bounded, unzipped_start
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,7 +176,6 @@ def open_http(uri: HTTPURI, transport_params: Params = None) -> BinaryIO:
         return io.BufferedReader(body, CHUNK_BYTES)
 
 
-_SNIFFED_BYTES = 4096  # more than a header of gzip takes, with the names in it
 _NO_CODING = {"", "identity", "none", "aws-chunked"}  # the last is how it came to S3
 
 
@@ -205,7 +204,7 @@ def _reader(uri: HTTPURI, response: Any) -> Callable[[int], bytes]:
         )
     read: Any = functools.partial(raw.read, decode_content=bool(codings))
     if suffix == "gz" and codings and codings <= {"gzip", "x-gzip"}:
-        start = raw.read(_SNIFFED_BYTES, decode_content=False)
+        start = raw.read(SNIFFED_BYTES, decode_content=False)
         body: Any = _Chained(start, functools.partial(raw.read, decode_content=False))
         if not unzipped_start(start).startswith(GZIP_MARK):
             return body.read  # type: ignore[no-any-return] # of _Chained
