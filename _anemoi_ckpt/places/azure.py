@@ -283,10 +283,11 @@ def read_azure_range(
             read_socket(inner.raw, buffers)
         raise _BodyReadError
 
-    conditions = imported("azure.core", uri).MatchConditions
     with explained(uri, pin), suppress(_BodyReadError):
+        blob = _blob(uri, transport_params)
+        conditions = imported("azure.core", uri).MatchConditions
         match = {"etag": pin.tag, "match_condition": conditions.IfNotModified} if pin else {}
-        _blob(uri, transport_params).download_blob(
+        blob.download_blob(
             offset=offset,
             length=buffers.size - buffers.filled,
             raw_response_hook=read_body,
@@ -360,6 +361,7 @@ def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
 @remove_object.register
 def remove_azure(uri: AzureURI, transport_params: Params = None) -> None:
     """Remove with Delete Blob."""
-    missing = imported("azure.core.exceptions", uri).ResourceNotFoundError
-    with explained(uri), suppress(missing):
-        _blob(uri, transport_params).delete_blob()
+    with explained(uri):
+        blob = _blob(uri, transport_params)
+        with suppress(imported("azure.core.exceptions", uri).ResourceNotFoundError):
+            blob.delete_blob()

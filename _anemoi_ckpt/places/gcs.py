@@ -304,7 +304,7 @@ def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
 @remove_object.register
 def remove_gcs(uri: GCSURI, transport_params: Params = None) -> None:
     """Remove with Objects: delete."""
-    import google.api_core.exceptions  # noqa: PLC0415 - comes with google-cloud-storage
-
-    with explained(uri), suppress(google.api_core.exceptions.NotFound):
-        _blob(uri, transport_params).delete(timeout=timeout_of(transport_params), retry=None)
+    with explained(uri):
+        blob = _blob(uri, transport_params)
+        with suppress(imported("google.api_core.exceptions", uri).NotFound):
+            blob.delete(timeout=timeout_of(transport_params), retry=None)
