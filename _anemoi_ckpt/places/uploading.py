@@ -63,11 +63,7 @@ def attempting(attempts: Attempts) -> Iterator[None]:
 
 
 class Upload:
-    """The requests of one upload, of which none is sent once it has ended.
-
-    A stream of smart-open's whose abort failed is closed by the garbage collector, and would then
-    commit the part of the object that it has.
-    """
+    """The requests of one upload, of which none is sent once it has ended."""
 
     def __init__(self, uri: URI) -> None:
         """Take the policy that is chosen now."""
@@ -105,9 +101,14 @@ class Upload:
             said = getattr(err, "problem", type(err).__name__)
             log.warning("%r: parts of the upload may be left there: %s", self._uri, said)
 
-    def end(self) -> None:
-        """Send nothing from here on."""
+    def end(self, stream: Any) -> None:
+        """Send nothing from here on.
+
+        The garbage collector closes a stream of smart-open's whose abort failed. That would commit
+        the part of the object that was sent, and Python 3.13 prints what a finalizer raises.
+        """
         self._ended = True
+        stream.close = lambda: None
 
 
 class Requesting:
@@ -145,18 +146,17 @@ def committed(uri: URI, version: object, opened: Callable[[Upload], Any]) -> Ite
     if version is not None:
         raise InvalidURIError(uri, "names a version that is there", "leave the version out")
     upload = Upload(uri)
+    with explained(uri):
+        stream = opened(upload)
     try:
+        yield cast("BinaryIO", _ExplainedStream(uri, stream))
         with explained(uri):
-            stream = opened(upload)
-        try:
-            yield cast("BinaryIO", _ExplainedStream(uri, stream))
-            with explained(uri):
-                stream.close()
-        except BaseException as err:
-            upload.abort(stream.terminate, err)
-            raise
+            stream.close()
+    except BaseException as err:
+        upload.abort(stream.terminate, err)
+        raise
     finally:
-        upload.end()
+        upload.end(stream)
 
 
 class _ExplainedStream(io.RawIOBase):
