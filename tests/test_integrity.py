@@ -127,7 +127,7 @@ def test_bits_that_flip_on_the_way(data: bytes, http_server: servers.HTTPServer)
         )
         outcomes.append(outcome(lambda: load(uri, weights), right))
     assert set(outcomes) <= {"equal", "CorruptError", "NotACheckpointError"}
-    assert len(set(outcomes)) > 1
+    assert outcomes.count("equal") > 50  # few flip in the same record twice
 
 
 # ── what comes with the first and the last block ──────────────────────────────────────────────
