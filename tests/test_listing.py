@@ -93,9 +93,9 @@ def test_a_bucket_is_a_folder(place) -> None:
 
 def test_more_than_a_page(s3: servers.Store) -> None:
     for number in range(1_003):
-        s3.write(f"many/{number:04}.ckpt", b"x")
+        s3.write(f"pages/{number:04}.ckpt", b"x")
     s3.server.log.clear()
-    folder = s3.uri("many")
+    folder = s3.uri("pages")
     entries = list_objects(folder)
     assert [each.uri.filename for each in entries] == [f"{n:04}.ckpt" for n in range(1_003)]
     assert [request.status for request in s3.server.log] == [200, 200]
