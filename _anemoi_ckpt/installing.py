@@ -227,11 +227,12 @@ def _assign(
 
 
 def _sees_tensors(module: torch.nn.Module) -> bool:
-    """Tell whether a module may look at its tensors, or keep them, when it has loaded them.
+    """Tell whether a module may look at its tensors, or keep or refuse them, as it loads them.
 
     These are to be its own then, of its dtype and on its device, as without ``assign=True``.
     """
-    return not loads_as_torch(module) or has_post_hooks(module)
+    assigns_as_torch = type(module).__setattr__.__module__.startswith("torch.")
+    return not (assigns_as_torch and loads_as_torch(module)) or has_post_hooks(module)
 
 
 def _as_before(tensor: torch.Tensor) -> torch.Tensor:

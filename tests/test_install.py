@@ -470,7 +470,25 @@ class Telling(nn.Linear):
         unexpected.append(f"{prefix}table")
 
 
+class Sealed(nn.Module):
+    """A module that lets nobody put another parameter in the place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_parameters", {}):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
 LOADING = {
+    "real values for complex weights": (
+        lambda: nn.Linear(2, 2, dtype=torch.complex64),
+        lambda: {"weight": torch.tensor([[1.5, -2], [0, 1e30]]), "bias": torch.tensor([1, 2])},
+    ),
+    "a module that is sealed": (Sealed, lambda: filled(Sealed()).state_dict()),
     "integers for floating-point weights": (
         lambda: nn.Sequential(nn.Linear(2, 2)),
         lambda: {"0.weight": torch.tensor([[3, -1], [0, 200]]), "0.bias": torch.ones(2) > 0},
