@@ -95,6 +95,8 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     checkpoint = {**match.rest, "state_dict": match.fitting, **states}
     try:
         whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
+    except MemoryError:
+        raise
     except Exception as err:
         raise MismatchError(
             terms.place,
@@ -133,7 +135,7 @@ def _take(
         taken = with_keys(match, model, *keys)
         check_enough(terms, model, taken)
         _restore(receivers, match, terms, undo)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as err:
         raise _refused(terms, err) from err

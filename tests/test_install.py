@@ -16,7 +16,7 @@ import servers
 from _anemoi_ckpt.tables import folded
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, quiet_trainer
-from strategies import compose, drop_optimizer, filter_shapes, weights
+from strategies import compose, drop_optimizer, filter_shapes, keep_progress, weights
 
 
 class Tied(nn.Module):
@@ -843,6 +843,30 @@ def test_what_refuses_leaves_everything_as_it_was(case: str, stored: bool, tmp_p
         assert nn.parameter.is_lazy(parameter) or torch.equal(parameter, after[name])
     assert (model["b"].count, model["d"].count) == (0, 0)
     assert_same(optimizer.state_dict(), before[1])
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_no_refusal_comes_as_it_is_and_changes_nothing(error: BaseException) -> None:
+    class Raising(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            raise error
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["weight"] *= 2
+            with torch.no_grad():
+                self.bias.add_(1)
+            raise error
+
+    model = Raising(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    progress = {"optimizer_states": [{}], "lr_schedulers": [{}], "epoch": 1, "global_step": 1}
+    for given, steps in ((state, []), ({"state_dict": state, **progress}, [keep_progress])):
+        with pytest.raises(type(error)) as caught:
+            load_into(model, given, *steps)
+        assert caught.value is error
+        assert_same(dict(model.state_dict()), dict(before))
 
 
 def test_an_optimizer_that_refuses_its_own_state_as_well() -> None:

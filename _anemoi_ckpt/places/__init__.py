@@ -59,6 +59,7 @@ class URI:
     asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
+    is_users: ClassVar[bool] = False  # whether the user's own code reads it
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
