@@ -145,7 +145,7 @@ def _advice(place: Any) -> str:
     if place is None:
         return ": is a variable of the configuration or the environment unset?"
     if isinstance(place, bytes):
-        return ": os.fsdecode makes a text of a path"
+        return ": os.fsdecode makes a text of a path, and io.BytesIO a file of a checkpoint's bytes"
     if hasattr(place, "read"):
         return ": give the path of an open file, or write its bytes to a file"
     if isinstance(place, list | tuple):
@@ -163,8 +163,13 @@ def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
         parser: text to URI. A subclass of `URI` with no fields of its own is one.
 
     Raises:
+        TypeError: the scheme is no text, or the parser no function.
         ValueError: the scheme is not two or more letters, digits, ``+``, ``.`` and ``-``.
     """
+    if not isinstance(scheme, str) or not callable(parser):
+        raise TypeError(
+            f"register_scheme takes a text and a function, not {scheme!r:.60} and {parser!r:.60}"
+        )
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
         raise ValueError(f"{scheme!r} is no scheme: two or more of letters, digits, '+', '.', '-'")
     _PARSERS[scheme.lower()] = parser

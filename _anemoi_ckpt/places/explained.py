@@ -67,7 +67,8 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         raise
     except Exception as err:  # no SDK documents all that it raises
         problem = explain(uri, err, pin)
-        if uri.is_users and type(problem) is CheckpointError and not isinstance(err, OSError):
+        is_unknown = type(problem) is CheckpointError and not isinstance(err, OSError)
+        if is_unknown and getattr(uri, "is_users", False):
             raise
         if isinstance(problem, AccessDeniedError):
             forget_clients(uri)
