@@ -754,7 +754,9 @@ def save(  # noqa: PLR0913 - by keyword
     >>> load(save({"w": torch.ones(2)}, path))
     {'w': tensor([1., 1.])}
     """
-    if isinstance(checkpoint, str | os.PathLike | URI):
+    is_text = isinstance(checkpoint, str) and isinstance(uri, str | os.PathLike | URI)
+    names_one = not is_text or "://" in checkpoint or os.path.isfile(checkpoint)  # noqa: PTH113 - a text may be too long for a path
+    if isinstance(checkpoint, str | os.PathLike | URI) and names_one:
         raise TypeError(
             "save takes the checkpoint first, then where to write it: save(load(place), uri), or"
             " `anemoi-ckpt copy`, writes what is at another place"

@@ -672,7 +672,8 @@ def test_params_for_writing_are_not_for_the_metadatas_place(path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda path: save(path, f"{path}.copy"), "save takes the checkpoint first"),
+        (lambda path: save(str(path), f"{path}.copy"), "save takes the checkpoint first"),
+        (lambda path: save("s3://bucket/a", f"{path}.copy"), "save takes the checkpoint first"),
         (lambda path: save(Path(path), f"{path}.copy"), r"save\(load\(place\), uri\)"),
         (lambda path: save(load, f"{path}.copy"), "and load is none"),
         (lambda path: edit_metadata(path, {"a": 1}), "takes a function of the metadata, not {'a'"),
