@@ -33,7 +33,7 @@ from attrs import evolve
 
 from _anemoi_ckpt import metadata as _metadata
 from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
-from _anemoi_ckpt.calls import public
+from _anemoi_ckpt.calls import is_public, public
 from _anemoi_ckpt.contents import Contents, look_into
 from _anemoi_ckpt.differing import Difference, Side, compared, in_memory, stored
 from _anemoi_ckpt.downloading import (
@@ -99,7 +99,7 @@ from _anemoi_ckpt.ranks import joined
 from _anemoi_ckpt.report import Report, reported
 from _anemoi_ckpt.resuming import find_hook
 from _anemoi_ckpt.saving import write_checkpoint
-from _anemoi_ckpt.steps import takes_strategies
+from _anemoi_ckpt.steps import Step, takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
 from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate, open_for_writing
@@ -745,6 +745,7 @@ def save(  # noqa: PLR0913 - by keyword
         transport_params: as for `load`.
 
     Raises:
+        TypeError: `checkpoint` is a place, or a function of this module.
         CheckpointError: the place cannot be written to, or the checkpoint not be pickled, or (as
             safetensors) it holds more than tensors by name.
 
@@ -753,10 +754,15 @@ def save(  # noqa: PLR0913 - by keyword
     >>> load(save({"w": torch.ones(2)}, path))
     {'w': tensor([1., 1.])}
     """
-    if isinstance(checkpoint, str | os.PathLike | URI) and not isinstance(
-        uri, str | os.PathLike | URI
-    ):
-        raise TypeError("save takes the checkpoint first, then where to write it")
+    is_text = isinstance(checkpoint, str) and isinstance(uri, str | os.PathLike | URI)
+    names_one = not is_text or "://" in checkpoint or os.path.isfile(checkpoint)  # noqa: PTH113 - a text may be too long for a path
+    if isinstance(checkpoint, str | os.PathLike | URI) and names_one:
+        raise TypeError(
+            "save takes the checkpoint first, then where to write it: save(load(place), uri), or"
+            " `anemoi-ckpt copy`, writes what is at another place"
+        )
+    if is_public(checkpoint):
+        raise TypeError(f"save takes the checkpoint first, and {checkpoint.__name__} is none")
     place = parse_uri(uri)
     check_params(place, transport_params, writing=True)
     transport = Transport(transport_params, retries, timeout)
@@ -814,7 +820,7 @@ def edit_metadata(
 
     Raises:
         CheckpointNotFoundError: no such object, or no metadata in it: `save` embeds some.
-        TypeError: the function does not give a dict.
+        TypeError: `function` is none, or does not give a dict.
         CheckpointError: as `load`; or the place cannot be written to.
 
     >>> import tempfile
@@ -825,6 +831,8 @@ def edit_metadata(
     ('xyz', {'w': tensor([1., 1.])})
     """
     place = parse_uri(uri)
+    if not callable(function):
+        raise TypeError(f"edit_metadata takes a function of the metadata, not {function!r:.60}")
     check_params(place, transport_params, writing=True)
     read = _read_params(place, transport_params)
     if isinstance(place, LocalURI):
@@ -978,8 +986,14 @@ def _filling(
     """Check the arguments of a later `load_into`, and give what does it."""
     inspect.signature(load_into).bind(None, uri, **options)  # a typing error is told now
     checked(caller, uri, strategies, options.get("trust", False))
-    recipes = tuple(recipe) if isinstance(recipe, Sequence) else (recipe,)
+    several = isinstance(recipe, Sequence) and not isinstance(recipe, str)
+    recipes: tuple[Any, ...] = tuple(recipe) if several else (recipe,)  # type: ignore[arg-type] # as several says
     for each in recipes:
+        if isinstance(each, Step):
+            raise TypeError(
+                f"{caller}: recipe is a function of the model, and {each!r} one of a checkpoint:"
+                " give it beside the place, or its name without the call"
+            )
         if not callable(each):
             raise TypeError(f"{caller}: recipe is a function of the model, not {each!r}")
     return functools.partial(_fill, uri, strategies, recipes, options)

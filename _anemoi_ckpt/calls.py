@@ -120,10 +120,15 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "arrays": (_is_flag, "True or False"),
     "cached": (_is_flag, "True or False; ANEMOI_CKPT_CACHE names the folder of the copies"),
     "group": (_is_group, "a process group, such as torch.distributed.group.WORLD"),
+    "key": (
+        lambda value: value is None or callable(value),
+        "a function of an entry, such as lambda entry: entry.size",
+    ),
     "progress": (
         lambda value: value is None or _is_flag(value) or callable(value),
         "None, True, False or a function",
     ),
+    "recursive": (_is_flag, "True or False"),
     "require": (_is_number, "a share from 0 to 1"),
     "resume": (_is_flag, "True or False"),
     "retries": (lambda value: isinstance(value, int) and not _is_flag(value), "a whole number"),
@@ -135,6 +140,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a dict, such as {'client': …}",
     ),
     "trust": (_is_listed, "True, False, or a list of classes"),
+    "values": (_is_flag, "True or False"),
 }
 # Likewise, of a value that is of the right kind.
 _BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

@@ -9,6 +9,7 @@ import _thread
 import functools
 import os
 import re
+import sys
 import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ class Ledger(TorchDispatchMode):
         """Begin with no storages."""
         super().__init__()  # type: ignore[no-untyped-call] # torch has no annotation here
         self._entries: dict[int, tuple[StorageWeakRef, set[str]]] = {}
+        self._records: set[int] = set()  # which of these storages are whole records
         self.asked: set[str] = set()  # records whose values were asked for
         self.living: set[str] = set()  # records that storages had their values from by then
         self.written: set[str] = set()  # records on whose storages something was written
@@ -65,6 +67,20 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(storage._cdata) or (StorageWeakRef(storage), set())  # noqa: SLF001 - as torch.multiprocessing does
         self._entries[storage._cdata] = entry  # noqa: SLF001 - likewise
         entry[1].update(keys)
+
+    def enter_record(self, storage: Any, key: str) -> None:
+        """Note that a storage is an absent record."""
+        self.enter(storage, [key])
+        self._records.add(storage._cdata)  # noqa: SLF001 - likewise
+
+    def is_of_records(self, *tensors: torch.Tensor) -> bool:
+        """Tell whether tensors are views of absent records, and not computed."""
+        with without_modes():
+            return all(
+                storage._cdata in self._records  # noqa: SLF001 - likewise
+                for tensor in tensors
+                for storage in _storages(tensor)
+            )
 
     def enter_all(self, tensors: Iterable[torch.Tensor], keys: Iterable[str]) -> None:
         """Note that the values of tensors come from these records, too."""
@@ -113,11 +129,14 @@ class Ledger(TorchDispatchMode):
         keys = self.keys_of(*tensors)
         if not keys:
             return func(*args, **kwargs)
+        if any(tensor.is_meta and not self.keys_of(tensor) for tensor in tensors):
+            self.ask(keys)  # the user's own one on meta would stay so, and with real ones refuse
+            raise AskedError(keys)
         written = list(_tensors(_written(func, args, kwargs)))
         self.written |= self.keys_of(*written)
         if any(tensor.is_meta for tensor in tensors):
-            # a real tensor stays as it is: its values come in a later round
-            if not all(tensor.is_meta for tensor in written):
+            # a real tensor stays as it is: its values come in a later round, as do random numbers
+            if not all(tensor.is_meta for tensor in written) or _draws(func):
                 self._awaited |= keys
             result = self._run_on_meta(func, args, kwargs, keys)
         else:
@@ -180,6 +199,11 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 _UNTOLD = ("running_mean", "running_var")
 
 
+def _draws(func: Any) -> bool:
+    """Tell whether an operation draws random numbers: on the meta device it draws none."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
 def _storages(tensor: torch.Tensor) -> list[Any]:
     """Give all storages of a tensor: a sparse one has several."""
     if tensor.layout is torch.strided:
@@ -193,8 +217,9 @@ def _storages(tensor: torch.Tensor) -> list[Any]:
     return [part.untyped_storage() for part in parts]
 
 
-# What torch's errors say of a tensor on meta; the last comes of set_state of a random generator.
-_BLAMED = r"\bmeta\b|unallocated storage|must be a torch\.\w+Tensor"
+# What torch's errors say of a tensor on meta (the third comes of set_state of a random generator);
+# the last comes of a dispatch mode, with which torch makes no subclass of a tensor that is there.
+_BLAMED = r"\bmeta\b|unallocated storage|must be a torch\.\w+Tensor|associated to a python object"
 
 
 def _asks_for_values(err: BaseException) -> bool:
@@ -219,20 +244,24 @@ def _causes(err: BaseException) -> Iterator[BaseException]:
 # What a tensor tells without its values, and the same on the meta device.
 _ANSWERED = frozenset(
     """
-    __dir__ __hash__ __len__ __setitem__ _base _conj _is_view _version dense_dim dim dim_order dtype
-    element_size grad grad_fn has_names is_coalesced is_complex is_conj is_contiguous
-    is_floating_point is_inference is_leaf is_mkldnn is_neg is_nested is_non_overlapping_and_dense
+    __dir__ __hash__ __len__ __setitem__ _base _conj _is_view _version dense_dim dim dtype
+    element_size grad grad_fn has_names is_coalesced is_complex
+    is_floating_point is_inference is_leaf is_mkldnn is_nested
     is_quantized is_same_size is_signed is_sparse is_sparse_csr itemsize layout names nbytes ndim
     ndimension nelement numel output_nr requires_grad result_type retains_grad shape size sparse_dim
-    storage_offset stride
     """.split()  # noqa: SIM905 - a list would take a line for each
+)
+# What a view of a record tells as well. What was computed may be laid out in another way on the
+# meta device (35 of torch's functions do so for some strides, in torch 2.13).
+_ANSWERED_BY_RECORDS = frozenset(
+    """
+    dim_order is_conj is_contiguous is_neg is_non_overlapping_and_dense storage_offset stride
+    """.split()  # noqa: SIM905 - as above
 )
 # What a real tensor on the CPU tells, whatever its values: one without values answers.
 _ANSWERED_BY_ANOTHER = frozenset(
     ("device", "get_device", "is_cpu", "is_cuda", "is_meta", "is_pinned", "is_shared")
 )
-# What has other strides on the meta device than on the CPU (of some 600 functions, in torch 2.13).
-_DIFFERING = frozenset(("linalg_eig", "linalg_svd", "nonzero_static", "svd"))
 
 
 class _Questions(TorchFunctionMode):
@@ -258,6 +287,8 @@ class _Questions(TorchFunctionMode):
         if not keys:
             with _as_without_ledger(func, tensors):
                 return func(*args, **kwargs)
+        if name in _ANSWERED_BY_RECORDS and self._ledger.is_of_records(*tensors):
+            return func(*args, **kwargs)
         if name in _ANSWERED_BY_ANOTHER or (name == "type" and len(args) == 1 and not kwargs):
             return self._answered_by_another(func, tensors, keys)
         if name in ("cpu", "to") and all(tensor.is_meta for tensor in tensors):
@@ -275,7 +306,7 @@ class _Questions(TorchFunctionMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, keys: set[str]) -> Any:
-        if casts_by_itself() or _name(func)[0] in _DIFFERING:  # autocast casts none on meta
+        if casts_by_itself():  # it casts none on meta
             raise self._asked(keys)
         try:
             return func(*args, **kwargs)
@@ -357,7 +388,7 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 # ── starts ────────────────────────────────────────────────────────────────────────────────────
 
 # Modes reach into no other thread or process, nor what TorchScript runs, and nothing else hears a
-# tensor there.
+# tensor there. What `torch.compile` runs first with a mode on, it never compiles any more.
 _STARTERS: list[tuple[Any, str]] = [
     (threading.Thread, "start"),
     (ThreadPoolExecutor, "submit"),  # to threads that run already
@@ -368,7 +399,15 @@ _STARTERS: list[tuple[Any, str]] = [
     (_thread, "start_new_thread"),
     (torch._C.ScriptFunction, "__call__"),  # noqa: SLF001 - no public one
     (torch._C.ScriptMethod, "__call__"),  # noqa: SLF001 - no public one
+    (torch, "compile"),  # by which also torch.cond, scan and flex_attention run
 ]
+
+
+def _starters() -> list[tuple[Any, str]]:
+    """List them with what compiled functions begin with, where there can be any."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    names = ("set_eval_frame", "_maybe_set_eval_frame")
+    return [*_STARTERS, *((dynamo, name) for name in names if dynamo is not None)]
 
 
 class _Watched(threading.local):
@@ -396,7 +435,7 @@ class _Starts:
         with self._lock:
             self._watches += 1
             if self._watches == 1:
-                self._originals = [_guarded(*each) for each in _STARTERS if hasattr(*each)]
+                self._originals = [_guarded(*each) for each in _starters() if hasattr(*each)]
 
     def end(self) -> None:
         """Put them back after the last watch, but for what someone else has replaced since."""
@@ -412,12 +451,16 @@ _watched = _Watched()
 _starts = _Starts()
 
 
+_ENDS = (None, False)  # with which dynamo is told to compile nothing
+
+
 def _guarded(owner: Any, name: str) -> tuple[Any, str, Any, Any]:
     original = vars(owner)[name]
 
     @functools.wraps(original)
     def guard(*args: Any, **kwargs: Any) -> Any:
-        _refuse_hollow()
+        if len(args) != 1 or not any(args[0] is each for each in _ENDS):
+            _refuse_hollow()
         return original(*args, **kwargs)
 
     setattr(owner, name, guard)
@@ -430,7 +473,9 @@ def _refuse_hollow() -> None:
         if ledger.origins():
             ledger.ask(ledger.origins())
             # threading takes back what it noted after an Exception alone
-            raise HollowError("another thread or process, or TorchScript, would get hollow tensors")
+            raise HollowError(
+                "another thread or process, or compiled code, would get hollow tensors"
+            )
 
 
 @contextmanager
@@ -493,7 +538,7 @@ def build(
                 storage = torch.UntypedStorage(archive.records[key].size, device="meta")
             loaded[key] = storage
             if key not in storages:
-                ledger.enter(storage, [key])
+                ledger.enter_record(storage, key)
         if (key, dtype) not in typed:
             made: Any = torch.storage.TypedStorage(
                 wrap_storage=loaded[key], dtype=dtype, _internal=True

@@ -95,6 +95,8 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     checkpoint = {**match.rest, "state_dict": match.fitting, **states}
     try:
         whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
+    except MemoryError:
+        raise
     except Exception as err:
         raise MismatchError(
             terms.place,
@@ -133,7 +135,7 @@ def _take(
         taken = with_keys(match, model, *keys)
         check_enough(terms, model, taken)
         _restore(receivers, match, terms, undo)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as err:
         raise _refused(terms, err) from err
@@ -227,11 +229,12 @@ def _assign(
 
 
 def _sees_tensors(module: torch.nn.Module) -> bool:
-    """Tell whether a module may look at its tensors, or keep them, when it has loaded them.
+    """Tell whether a module may look at its tensors, or keep or refuse them, as it loads them.
 
     These are to be its own then, of its dtype and on its device, as without ``assign=True``.
     """
-    return not loads_as_torch(module) or has_post_hooks(module)
+    assigns_as_torch = type(module).__setattr__.__module__.startswith("torch.")
+    return not (assigns_as_torch and loads_as_torch(module)) or has_post_hooks(module)
 
 
 def _as_before(tensor: torch.Tensor) -> torch.Tensor:

@@ -301,7 +301,7 @@ def _decompressed(uri: URI, data: bytes | bytearray, suffix: str) -> bytes:
         with smart_open.compression_wrapper(io.BytesIO(data), "rb", compression=suffix) as stream:
             read = bounded(stream.read, lambda: len(data), uri)
             return b"".join(iter(functools.partial(read, _CHUNK_BYTES), b""))
-    except CorruptError:
+    except (CorruptError, MemoryError):
         raise
     except ImportError as err:
         raise MissingPackageError(

@@ -7,7 +7,7 @@ import gc
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,9 +69,11 @@ def planned(
     bare = ledger.keys_at(leaf for _, leaf in walk(checkpoint) if torch.is_storage(leaf))
     if bare:  # no mode hears what these are asked
         return Planned(None, frozenset(bare))
+
+    watch_living = functools.partial(_watching_living, ledger)
     try:
-        with watch():
-            result = applied(strategies, checkpoint.pop(), archive.place)  # keeps nothing alive
+        # keeps nothing alive
+        result = applied(strategies, checkpoint.pop(), archive.place, watch_living)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as err:  # some of torch's own derive from it, and hold what was asked for
@@ -86,6 +88,11 @@ def planned(
     if not needed and _has_hollow(result):
         needed = absent
     return Planned(result, needed, ledger)
+
+
+def _watching_living(ledger: Ledger) -> AbstractContextManager[None]:
+    """Let a ledger hear what is done, if anything hollow is left."""
+    return watching(ledger) if ledger.origins() else nullcontext()
 
 
 def random_states() -> Callable[[], None]:
@@ -131,11 +138,20 @@ def _living(ledger: Ledger, result: Any) -> frozenset[str]:
     return frozenset(ledger.origins())
 
 
-def applied(strategies: Sequence[Strategy], checkpoint: Any, place: object) -> Any:
-    """Put a checkpoint through strategies; an error of theirs tells which one was loaded."""
+def applied(
+    strategies: Sequence[Strategy],
+    checkpoint: Any,
+    place: object,
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Any:
+    """Put a checkpoint through strategies; an error of theirs tells which one was loaded.
+
+    Each runs in a context of its own: without modes, once nothing is hollow any more.
+    """
     try:
         for strategy in strategies:
-            checkpoint = run(strategy, checkpoint)
+            with watch():
+                checkpoint = run(strategy, checkpoint)
     except Exception as err:
         if isinstance(err, CheckpointError) and err.place == UNPLACED:
             err.name_place(place)

@@ -58,7 +58,7 @@ def _explained(place: URI) -> Iterator[None]:
     except Exception as err:
         for link in links(err):  # torch's writer hides what its stream raised
             is_interrupt = not isinstance(link, Exception)
-            if is_interrupt or isinstance(link, CheckpointError | OSError):
+            if is_interrupt or isinstance(link, CheckpointError | OSError | MemoryError):
                 raise link from link.__cause__
         raise CheckpointError(
             place,

@@ -200,6 +200,8 @@ def loses_values(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
         return False
     if tensor.is_complex() and not dtype.is_complex:
         return bool(tensor.imag.count_nonzero()) or loses_values(tensor.real, dtype)
+    if dtype.is_complex and not tensor.is_complex():
+        return loses_values(tensor, dtype.to_real())
     if not is_inexact(tensor) or drops_parts(tensor.dtype, dtype):
         return not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
     if dtype in _IEEE and tensor.dtype in _IEEE:

@@ -21,13 +21,20 @@ from anemoi_ckpt import (
     CheckpointError,
     CheckpointNotFoundError,
     MismatchError,
+    diff,
     download,
+    edit_metadata,
+    latest,
+    list_objects,
     load,
     load_into,
+    loading_stage,
     metadata,
     parse_uri,
     peek,
+    register_scheme,
     save,
+    verify,
 )
 from checkpoints import as_bytes, assert_same
 from strategies import (
@@ -660,3 +667,38 @@ def test_params_for_writing_are_not_for_the_metadatas_place(path: Path) -> None:
             metadata=path.with_name("missing.ckpt"),
             transport_params={"min_part_size": 5 * 2**20},
         )
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda path: save(str(path), f"{path}.copy"), "save takes the checkpoint first"),
+        (lambda path: save("s3://bucket/a", f"{path}.copy"), "save takes the checkpoint first"),
+        (lambda path: save(Path(path), f"{path}.copy"), r"save\(load\(place\), uri\)"),
+        (lambda path: save(load, f"{path}.copy"), "and load is none"),
+        (lambda path: edit_metadata(path, {"a": 1}), "takes a function of the metadata, not {'a'"),
+        (lambda path: latest(Path(path).parent, key="modified"), "key of latest is a function"),
+        (
+            lambda path: list_objects(Path(path).parent, recursive="yes"),
+            "recursive of list_objects",
+        ),
+        (lambda path: diff(path, path, values="yes"), "values of diff is True or False"),
+        (lambda path: verify(path, values="yes"), "values of verify is True or False"),
+        (lambda path: load(Path(path).read_bytes()), "io.BytesIO a file of a checkpoint's bytes"),
+        (lambda path: register_scheme("s3", None), "takes a text and a function"),
+        (lambda path: register_scheme(3, parse_uri), "takes a text and a function"),
+        (lambda path: loading_stage(path, recipe="transfer_learning"), "not 'transfer_learning'"),
+        (
+            lambda path: loading_stage(path, recipe=strategies.drop("epoch")),
+            r"and drop\('epoch'\) one of a checkpoint",
+        ),
+    ],
+)
+def test_what_is_given_in_the_place_of_something_else(
+    call: Callable[[Path], Any], said: str, path: Path
+) -> None:
+    with pytest.raises(TypeError, match=said) as caught:
+        call(path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path(f"{path}.copy").exists()
+    assert parse_uri("s3://bucket/a.ckpt").text == "s3://bucket/a.ckpt"

@@ -291,6 +291,37 @@ def closure(sd: Any) -> Any:
     return sd["w"].sum
 
 
+class Named(torch.Tensor):
+    pass
+
+
+def compiled(function: Callable[[Any], Any], **options: Any) -> Callable[[Any], Any]:
+    def strategy(tensor: torch.Tensor) -> Any:
+        return torch.compile(function, backend="eager", **options)(tensor)
+
+    return strategy
+
+
+def drawn_and_dropped(draw: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    def strategy(tensor: torch.Tensor) -> Any:
+        torch.manual_seed(3)
+        draw(tensor)
+        return torch.rand(3)
+
+    return strategy
+
+
+def into_meta(sd: Any) -> Any:
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    model.load_state_dict({"weight": sd["w"], "bias": sd["v"][:2]})
+    return model.weight.is_meta, model.weight.device.type
+
+
+def permuted(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, tensor * 2]).permute(2, 0, 1)
+
+
 ANSWERS: dict[str, Callable[[Any], Any]] = {
     name: functools.partial(lambda get, sd: [get(t) for t in sd.values()], get)
     for name, get in {
@@ -448,6 +479,21 @@ OF_W: dict[str, Callable[[torch.Tensor], Any]] = {
     "out=": lambda t: out_of_add(t[0]),
     "into a slice": into_slice,
     "into memory of numpy": lambda t: into_memory_of_numpy(t[0]),
+    **{
+        f"drawn by {name} and dropped": drawn_and_dropped(draw)
+        for name, draw in {
+            "rand_like": torch.rand_like,
+            "dropout": F.dropout,
+            "normal_": lambda t: t.clone().normal_(),
+            "bernoulli": lambda t: torch.bernoulli(t.sigmoid()),
+            "init": lambda t: nn.init.xavier_uniform_(torch.empty_like(t)),
+        }.items()
+    },
+    "compiled": compiled(lambda x: x * 2 + 1),
+    "compiled whole": compiled(lambda x: x * 2 + 1, fullgraph=True),
+    "compiled and device": compiled(lambda x: (x + 1, x.device.type)),
+    "cond": lambda t: torch.cond(t.sum() > 2, torch.sin, torch.cos, (t,)),
+    "subclass": lambda t: (Named(t).tolist(), type(Named(t) * 2).__name__),
     "set_": lambda t: torch.zeros(1).set_(t).tolist(),
     "set_ of a storage": lambda t: torch.zeros(0).set_(t.untyped_storage()).sum().item(),
     "swap": lambda t: (torch.zeros(2, 3) + t).neg_(),
@@ -549,6 +595,12 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
     "strides of nonzero_static": lambda sd: torch.nonzero_static(sd["m"], size=4).stride(),
     "condition": lambda sd: torch.linalg.cond(sd["m"]).item(),
     "singular values": lambda sd: torch.linalg.svdvals(sd["m"]).tolist(),
+    "strides of rfft2": lambda sd: torch.fft.rfft2(permuted(sd["m"])).stride(),
+    "strides of heaviside": lambda sd: torch.heaviside(permuted(sd["m"]), sd["m"][:2]).stride(),
+    "contiguous after conv1d": lambda sd: F.conv1d(sd["m"].T[None], sd["m"][None]).is_contiguous(),
+    "conjugated by vdot": lambda sd: torch.vdot(sd["c"], sd["c"].conj()).is_conj(),
+    "a model of one's own on meta": into_meta,
+    "one's own on meta and a real one": lambda sd: torch.empty(3, device="meta") + sd["v"],
     "meta of one's own": lambda sd: [t.is_meta for t in (torch.empty(2, device="meta"), sd["w"])],
     "result on meta": lambda sd: sd["w"].to("meta").device.type,
     "tree_map": lambda sd: torch.utils._pytree.tree_map(lambda t: t + t, dict(sd)),
@@ -661,6 +713,23 @@ def test_threads_start_as_before_after_a_load(path: Path) -> None:
     pipe(path, load, weights, nested)
     assert seen[0] is not before[0]
     assert (threading.Thread.start, ThreadPoolExecutor.submit) == before
+
+
+def test_what_a_strategy_calls_first_is_compiled_ever_after(path: Path) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    try:
+        double = torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)
+    except RuntimeError as err:
+        pytest.skip(f"{err}")  # for this Python
+    expected = load(path, weights)["w"] * 2
+    assert_same(load(path, lambda checkpoint: double(checkpoint["state_dict"]["w"])), expected)
+    assert len(graphs) == 1
+    assert_same(double(expected), expected * 2)
 
 
 def test_what_another_puts_in_place_of_a_start_stays(

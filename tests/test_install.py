@@ -16,7 +16,7 @@ import servers
 from _anemoi_ckpt.tables import folded
 from anemoi_ckpt import CorruptError, MismatchError, Report, download, load, load_into
 from checkpoints import as_bytes, assert_same, lightning_checkpoint, quiet_trainer
-from strategies import compose, drop_optimizer, filter_shapes, weights
+from strategies import compose, drop_optimizer, filter_shapes, keep_progress, weights
 
 
 class Tied(nn.Module):
@@ -470,7 +470,25 @@ class Telling(nn.Linear):
         unexpected.append(f"{prefix}table")
 
 
+class Sealed(nn.Module):
+    """A module that lets nobody put another parameter in the place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_parameters", {}):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
 LOADING = {
+    "real values for complex weights": (
+        lambda: nn.Linear(2, 2, dtype=torch.complex64),
+        lambda: {"weight": torch.tensor([[1.5, -2], [0, 1e30]]), "bias": torch.tensor([1, 2])},
+    ),
+    "a module that is sealed": (Sealed, lambda: filled(Sealed()).state_dict()),
     "integers for floating-point weights": (
         lambda: nn.Sequential(nn.Linear(2, 2)),
         lambda: {"0.weight": torch.tensor([[3, -1], [0, 200]]), "0.bias": torch.ones(2) > 0},
@@ -825,6 +843,30 @@ def test_what_refuses_leaves_everything_as_it_was(case: str, stored: bool, tmp_p
         assert nn.parameter.is_lazy(parameter) or torch.equal(parameter, after[name])
     assert (model["b"].count, model["d"].count) == (0, 0)
     assert_same(optimizer.state_dict(), before[1])
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_no_refusal_comes_as_it_is_and_changes_nothing(error: BaseException) -> None:
+    class Raising(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            raise error
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["weight"] *= 2
+            with torch.no_grad():
+                self.bias.add_(1)
+            raise error
+
+    model = Raising(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    progress = {"optimizer_states": [{}], "lr_schedulers": [{}], "epoch": 1, "global_step": 1}
+    for given, steps in ((state, []), ({"state_dict": state, **progress}, [keep_progress])):
+        with pytest.raises(type(error)) as caught:
+            load_into(model, given, *steps)
+        assert caught.value is error
+        assert_same(dict(model.state_dict()), dict(before))
 
 
 def test_an_optimizer_that_refuses_its_own_state_as_well() -> None:

@@ -7,12 +7,15 @@ import os
 import pickle
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import smart_open.compression
 import torch
 
+import _anemoi_ckpt.formats.torch_zip
 import _anemoi_ckpt.transport
 from _anemoi_ckpt.places.streams import parse_place
 from anemoi_ckpt import (
@@ -23,6 +26,7 @@ from anemoi_ckpt import (
     load,
     load_into,
     peek,
+    save,
 )
 from checkpoints import as_bytes, assert_same
 from strategies import include
@@ -143,3 +147,56 @@ def test_an_open_file_that_breaks_is_read_again(monkeypatch: pytest.MonkeyPatch)
     stream: Any = Breaking(DATA)
     assert_same(load(stream), CHECKPOINT)
     assert stream.broken
+
+
+class OwnError(Exception):
+    """An error of code that is the user's."""
+
+
+@pytest.mark.parametrize("error", [OwnError("mine"), ValueError("mine"), MemoryError("mine")])
+@pytest.mark.parametrize("after", [0, 100_000])
+def test_what_a_stream_of_the_users_raises_comes_as_it_is(error: Exception, after: int) -> None:
+    class Raising(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= after:
+                raise error
+            return super().read(size)
+
+    for call in (load, peek) if after == 0 else (load,):
+        with pytest.raises(type(error)) as caught:
+            call(Raising(DATA))
+        assert caught.value is error
+    model = torch.nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(type(error)) as caught:
+        load_into(model, Raising(DATA))
+    assert caught.value is error
+    assert_same(dict(model.state_dict()), dict(before))
+
+
+class Full:
+    """An object that no memory is left for when it is pickled."""
+
+    def __reduce__(self) -> Any:
+        raise MemoryError("full")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(tmp_path: Path, monkeypatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("full")
+
+    (tmp_path / "a.ckpt.gz").write_bytes(gzip.compress(DATA))
+    deflated = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(DATA)) as stored, zipfile.ZipFile(deflated, "w", 8) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    (tmp_path / "b.ckpt").write_bytes(deflated.getvalue())
+    assert_same(load(tmp_path / "b.ckpt"), CHECKPOINT)
+    monkeypatch.setattr(_anemoi_ckpt.formats.torch_zip, "unpack", full)
+    monkeypatch.setattr(smart_open.compression, "compression_wrapper", full)
+    for place in (tmp_path / "a.ckpt.gz", tmp_path / "b.ckpt"):
+        with pytest.raises(MemoryError, match="full"):
+            load(place)
+    with pytest.raises(MemoryError, match="full"):
+        save({"a": Full()}, tmp_path / "c.ckpt")
+    assert not (tmp_path / "c.ckpt").exists()

@@ -124,7 +124,7 @@ def unpacked(place: object, data: bytes | bytearray) -> bytes:
             for info in packed.infolist():
                 with stored.open(info.filename, "w") as copy:
                     unpack(packed, info, copy)
-    except CorruptError:
+    except (CorruptError, MemoryError):
         raise
     except Exception as err:
         raise CorruptError(

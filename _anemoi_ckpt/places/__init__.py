@@ -59,6 +59,7 @@ class URI:
     asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
+    is_users: ClassVar[bool] = False  # whether the user's own code reads it
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
@@ -144,7 +145,7 @@ def _advice(place: Any) -> str:
     if place is None:
         return ": is a variable of the configuration or the environment unset?"
     if isinstance(place, bytes):
-        return ": os.fsdecode makes a text of a path"
+        return ": os.fsdecode makes a text of a path, and io.BytesIO a file of a checkpoint's bytes"
     if hasattr(place, "read"):
         return ": give the path of an open file, or write its bytes to a file"
     if isinstance(place, list | tuple):
@@ -162,8 +163,13 @@ def register_scheme(scheme: str, parser: Callable[[str], URI]) -> None:
         parser: text to URI. A subclass of `URI` with no fields of its own is one.
 
     Raises:
+        TypeError: the scheme is no text, or the parser no function.
         ValueError: the scheme is not two or more letters, digits, ``+``, ``.`` and ``-``.
     """
+    if not isinstance(scheme, str) or not callable(parser):
+        raise TypeError(
+            f"register_scheme takes a text and a function, not {scheme!r:.60} and {parser!r:.60}"
+        )
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
         raise ValueError(f"{scheme!r} is no scheme: two or more of letters, digits, '+', '.', '-'")
     _PARSERS[scheme.lower()] = parser

@@ -55,6 +55,8 @@ _NETWORK = {"azure", "botocore", "google", "http", "json", "requests", "socket",
 def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
     """Turn whatever a store raises in the block into a `CheckpointError` that it caused.
 
+    What a stream of the user's own raises, and is none of the errors that stores raise, stays.
+
     Args:
         uri: the place.
         pin: the version that was asked for, if the object was seen before.
@@ -63,8 +65,11 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         yield
     except (CheckpointError, UnknownParamError, UnrangedError, MemoryError):
         raise
-    except Exception as err:  # noqa: BLE001 - no SDK documents all that it raises
+    except Exception as err:  # no SDK documents all that it raises
         problem = explain(uri, err, pin)
+        is_unknown = type(problem) is CheckpointError and not isinstance(err, OSError)
+        if is_unknown and getattr(uri, "is_users", False):
+            raise
         if isinstance(problem, AccessDeniedError):
             forget_clients(uri)
         raise problem from without_secrets(err)

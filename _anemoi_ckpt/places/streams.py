@@ -37,6 +37,7 @@ class StreamURI(URI):
     _lock: Any = field(factory=threading.Lock, repr=False, eq=False)
 
     connections: ClassVar[int] = 1
+    is_users: ClassVar[bool] = True
 
     @property
     def filename(self) -> str:
