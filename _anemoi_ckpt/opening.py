@@ -238,7 +238,7 @@ def _opened_shards(
     """Open the files that an index names, as one."""
     weight_map = read_weight_map(place, index)
     shards = {
-        name: evolve(origin, uri=beside(name), version=None)
+        name: evolve(origin, uri=beside(name), version=None, beginning=(0, 0))
         for name in dict.fromkeys(weight_map.values())
     }
     tasks = [functools.partial(_first_block, shard) for shard in shards.values()]

@@ -16,8 +16,9 @@ from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from attrs import evolve, field, frozen
+from zlib_ng import zlib_ng
 
-from _anemoi_ckpt.errors import UnreachableError
+from _anemoi_ckpt.errors import ChangedError, UnreachableError
 from _anemoi_ckpt.places import (
     CHUNK_BYTES,
     TIMEOUT_SECONDS,
@@ -170,10 +171,26 @@ class Source:
     transport: Transport = field(factory=Transport, repr=False)
     moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
     stop: Stop = field(factory=Stop, repr=False)  # of all its reads, where one of them fails
+    beginning: tuple[int, int] = (0, 0)  # how many of its first bytes were read, and their CRC-32
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to other ranks as what is read. How, and with what account, each one knows."""
-        return Source, (self.uri, self.version)
+        return partial(Source, beginning=self.beginning), (self.uri, self.version)
+
+    def require_beginning(self, data: Any) -> None:
+        """Compare an object that came in one piece with what was read of the pinned one.
+
+        Raises:
+            ChangedError: it is another: its size or its beginning differ.
+        """
+        size, crc = self.beginning
+        if len(data) != self.size or zlib_ng.crc32(memoryview(data)[:size]) != crc:
+            raise ChangedError(
+                self.uri,
+                f"the object was replaced while it was read ({self.size} bytes are now"
+                f" {len(data)}, or begin differently)",
+                self.uri.when_changed,
+            )
 
     @property
     def in_memory(self) -> bool:
@@ -315,17 +332,28 @@ def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify)
 
 def stream_pinned(uri: URI, sink: Any, transport: Transport) -> None:
     """Copy all of one version of an object to a stream that cannot seek."""
+    known: Version | None = None
+    written = crc = 0
     try:
-        version = find_version(uri, transport)
-        source = Source(uri, version, transport)
-        room = memoryview(bytearray(min(PART_BYTES, version.size)))
-        for start in range(0, version.size, PART_BYTES):
-            part = room[: version.size - start]
+        known = find_version(uri, transport)
+        source = Source(uri, known, transport)
+        room = memoryview(bytearray(min(PART_BYTES, known.size)))
+        for start in range(0, known.size, PART_BYTES):
+            part = room[: known.size - start]
             source.read(start, [part])
             sink.write(part)
-    except UnrangedError:  # the first request tells, so nothing was written yet
+            written, crc = start + len(part), zlib_ng.crc32(part, crc)
+    except UnrangedError:
+        size = begun = 0
         for chunk in _chunks(uri, transport):
-            sink.write(chunk)
+            again = chunk[: max(0, written - size)]  # which is written already
+            size, begun = size + len(chunk), zlib_ng.crc32(again, begun)
+            if size >= written and begun != crc:
+                break
+            sink.write(chunk[len(again) :])
+        if begun != crc or (known is not None and known.size != size):
+            problem = f"the object was replaced while it was read (byte {written} is now another's)"
+            raise ChangedError(uri, problem, uri.when_changed) from None
 
 
 def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:

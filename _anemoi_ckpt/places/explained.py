@@ -154,7 +154,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _is_replaced,
         ChangedError,
         "the object was replaced or removed while it was read",
-        "load it again",
+        "",
     ),
     (
         _distrusts,
@@ -197,7 +197,8 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
     said = _Complaint(err, status, code, was_seen=pin is not None)
     for applies, kind, problem, remedy in _RULES:
         if applies(said):
-            found = kind(uri, f"{problem} ({said})", remedy or uri.credentials)
+            own = uri.when_changed if kind is ChangedError else uri.credentials
+            found = kind(uri, f"{problem} ({said})", remedy or own)
             if isinstance(found, UnreachableError):
                 found.retry_after = _retry_after(err)
                 found.lasting = applies is not _is_unreachable

@@ -54,6 +54,10 @@ class HTTPURI(URI):
         *("session", "headers", "user", "password", "cert", "kerberos"),
         "buffer_size",  # of smart-open's own reader
     )
+    when_changed: ClassVar[str] = (
+        f"{URI.when_changed}; if nobody writes to it, several servers answer for this name, and "
+        "give it different ETags: name one of them"
+    )
     credentials: ClassVar[str] = (
         "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
         "ask for a new one if the URL is a signed one that has expired"
@@ -251,13 +255,19 @@ def read_http_range(
             raise NoSuffixError if offset < 0 else UnrangedError
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        version = Version(int(partial[3]), tag, _digests(response), _name(response))
+        size = int(partial[3])
+        version = Version(size, _tag(response), _digests(response), _name(response))
         pinned(uri, version, pin)
         if offset >= 0 and int(partial[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for
         read_socket(response.raw, buffers)
     return version
+
+
+def _tag(response: Any) -> str | None:
+    """Read the ETag, or the date, which is as weak as a weak one (RFC 9110 8.8.2.2)."""
+    date = response.headers.get("Last-Modified")
+    return response.headers.get("ETag") or (date and f"W/{date}")
 
 
 def _name(response: Any) -> str | None:
