@@ -52,6 +52,8 @@ PART_BYTES = 8 * 1024**2  # least for one request: long against a round trip
 RETRIES = 5
 BACKOFF_SECONDS = 0.2  # before the first attempt anew; twice as long before each one after
 LONGEST_BACKOFF_SECONDS = 30.0  # a server may ask for longer with Retry-After
+SAME_SECONDS = 5.0  # in which requests that fail side by side have one cause, told once
+_Told = dict[tuple[str, int], float]  # when a place's attempt of this number was told as failed
 _random = random.SystemRandom()  # for jitter: forked processes wait differently; no seed changes
 
 
@@ -84,7 +86,12 @@ class Transport:
 # ── attempts ──────────────────────────────────────────────────────────────────────────────────
 
 
-def attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop | None = None) -> _T:
+def attempted(
+    transport: Transport,
+    attempt: Callable[[], _T],
+    stop: Stop | None = None,
+    told: _Told | None = None,
+) -> _T:
     """Attempt something until it goes well: the one loop of retries.
 
     One that brought something before it failed (`UnreachableError.progressed`) counts as none.
@@ -95,15 +102,17 @@ def attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop | None
         transport: the policy.
         attempt: what is tried. It raises an `UnreachableError` where another attempt may go well.
         stop: ends it; that of the thread, if none is given.
+        told: warnings, of this and of what is attempted beside it: of one attempt there is one.
 
     Raises:
         UnreachableError: the last one, after too many attempts that brought nothing, or too long.
     """
     stop = stop or heeded() or Stop()
-    return heard(partial(_attempted, transport, attempt, stop), stop)
+    told = {} if told is None else told
+    return heard(partial(_attempted, transport, attempt, stop, told), stop)
 
 
-def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop) -> _T:
+def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop, told: _Told) -> _T:
     count, since = 0, time.monotonic()
     while True:
         try:
@@ -120,7 +129,7 @@ def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop) -> _
             raise problem
         if count > transport.retries or silence + seconds > transport.patience:
             raise _given_up(problem, count, silence, seconds)
-        _tell(problem, count, transport)
+        _tell(problem, count, transport, told)
         stop.wait(seconds)
 
 
@@ -140,8 +149,13 @@ def _given_up(
     return problem
 
 
-def _tell(problem: UnreachableError, count: int, transport: Transport) -> None:
+def _tell(problem: UnreachableError, count: int, transport: Transport, told: _Told) -> None:
     if count:
+        now, key = time.monotonic(), (problem.place, count)
+        before = told.setdefault(key, now)  # in one step, which no other thread interrupts
+        if before is not now and now - before < SAME_SECONDS:
+            return
+        told[key] = now
         tries = f"attempt {count} of {transport.retries + 1}"
         log.warning("%s at %s: %s", tries, problem.place, problem.problem)
     else:
@@ -171,6 +185,7 @@ class Source:
     transport: Transport = field(factory=Transport, repr=False)
     moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
     stop: Stop = field(factory=Stop, repr=False)  # of all its reads, where one of them fails
+    told: _Told = field(factory=dict, repr=False, eq=False)  # warnings of all its reads
     beginning: tuple[int, int] = (0, 0)  # how many of its first bytes were read, and their CRC-32
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -249,7 +264,7 @@ class Source:
                 raise
 
         try:
-            return attempted(self.transport, fill, self.stop)
+            return attempted(self.transport, fill, self.stop, self.told)
         except _NotifyError as err:
             problem = err.problem
         raise problem

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import _anemoi_ckpt.transport
 import needs
 import servers
 from _anemoi_ckpt.places.explained import explain
@@ -174,3 +176,27 @@ def test_errors_say_what_the_store_said_once(place: Place) -> None:
             assert "403 403" not in str(caught.value)
             assert "404 404" not in str(caught.value)
             assert "ErrorCode." not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["http", "s3", "gcs", "azure"], indirect=True)
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_attempt_is_told_once(
+    place: Place, apart: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and the last block fail side by side; hours apart they would be two problems."""
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "SAME_SECONDS", 0 if apart else 60)
+    uri = place.put("a.ckpt", as_bytes({"w": torch.arange(100_000)}))
+    assert place.server is not None
+    asked: Counter[tuple[str, str | None]] = Counter()
+
+    def twice(request: servers.Request) -> servers.Fault | None:
+        asked[request.method, request.range] += 1
+        return servers.Fault(status=503) if asked[request.method, request.range] < 3 else None
+
+    place.server.fault = twice
+    with caplog.at_level(logging.WARNING, "anemoi_ckpt"):
+        load(uri)
+    told = [record.getMessage().partition(" at ")[0] for record in caplog.records]
+    requests = len(asked) if apart else 1 + parse_uri(uri).asked_first  # for its version, alone
+    assert Counter(told) == {"attempt 1 of 6": requests, "attempt 2 of 6": requests}
