@@ -89,7 +89,18 @@ class _Complaint:
 def _is_denied(said: _Complaint) -> bool:
     name = type(said.err).__name__
     known = isinstance(said.err, PermissionError) or name in _NO_CREDENTIALS
-    return known or said.status in {401, 403} or said.code in _EXPIRED
+    codes = _EXPIRED | {"PublicAccessNotPermitted"}  # the second with 409, by Azure
+    return known or said.status in {401, 403} or said.code in codes
+
+
+def _has_no_key(said: _Complaint) -> bool:
+    """Tell whether Azure's SDK could not sign a request."""
+    return type(said.err).__name__ == "AzureSigningError"
+
+
+def _is_hidden(said: _Complaint) -> bool:
+    """Tell whether Azure was asked without a login, and says only then that nothing is there."""
+    return said.code == "ResourceNotFound"
 
 
 def _is_replaced(said: _Complaint) -> bool:
@@ -149,6 +160,12 @@ def _is_unreachable(said: _Complaint) -> bool:
 
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
+    (
+        _has_no_key,
+        AccessDeniedError,
+        "the account's key is no base64, so nothing can be signed",
+        "copy it anew from Azure's portal",
+    ),
     (_is_denied, AccessDeniedError, "access is denied", ""),
     (
         _is_replaced,
@@ -173,6 +190,12 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         CheckpointNotFoundError,
         "there is no such bucket or container",
         "check its name, and the account or endpoint",
+    ),
+    (
+        _is_hidden,
+        AccessDeniedError,
+        "there is no such object, or it may not be read without a login",
+        "",
     ),
     (
         _is_missing,

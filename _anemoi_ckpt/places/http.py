@@ -112,13 +112,8 @@ def request(
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
     options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
-    if "authorization" in map(str.lower, sent):
-        options["auth"] = _unchanged  # otherwise requests would take what ~/.netrc has
-    if given.get("user") is not None or given.get("password") is not None:
-        options["auth"] = (given.get("user") or "", given.get("password") or "")
-    if given.get("kerberos"):
-        options["auth"] = imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()
     session = given.get("session") or _session(imported("requests", uri), os.getpid())
+    options["auth"] = _auth(uri, given, sent, session)
     return session.request(
         method, uri.url, timeout=timeout_of(params), allow_redirects=method == "GET", **options
     )
@@ -135,6 +130,49 @@ def _headers(uri: HTTPURI, params: Params) -> dict[str, str]:
     names = {name.lower() for name in given}
     known = {"Accept-Encoding": "identity", **uri.headers}  # ranges count the bytes that are stored
     return {**{k: v for k, v in known.items() if k.lower() not in names}, **given}
+
+
+def _auth(
+    uri: HTTPURI, given: Mapping[str, Any], sent: Mapping[str, str], session: Any
+) -> Callable[[Any], Any] | None:
+    """Give what authorizes a request; None where the session does that by itself, or nothing."""
+    if given.get("kerberos"):
+        return imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()  # type: ignore[no-any-return] # of another package
+    requests, pair = imported("requests", uri), (given.get("user"), given.get("password"))
+    if pair == (None, None):
+        if "authorization" in map(str.lower, sent):
+            return _unchanged  # otherwise requests would take what ~/.netrc has
+        if session.auth:
+            return None
+        known = requests.utils.get_netrc_auth(uri.url) if session.trust_env else None
+        pair = known or requests.utils.get_auth_from_url(uri.url)  # in the order of requests
+    if not any(pair):
+        return None
+    host = urllib.parse.urlsplit(uri.url).netloc.rpartition("@")[2]
+    return _basic_or_digest(requests, host, pair[0] or "", pair[1] or "", os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _basic_or_digest(
+    requests: ModuleType, host: str, user: str, password: str, _pid: int
+) -> Callable[[Any], Any]:
+    """Authorize requests to a host with basic authentication (RFC 7617), or digest (RFC 7616).
+
+    A server that wants the second says so when it gets the first; after that, it gets the second.
+    """
+    basic = requests.auth.HTTPBasicAuth(user, password)
+
+    class Auth(requests.auth.HTTPDigestAuth):  # type: ignore[misc, name-defined] # imported by the caller
+        def __call__(self, prepared: Any) -> Any:
+            prepared = super().__call__(prepared)
+            return prepared if "Authorization" in prepared.headers else basic(prepared)
+
+        def handle_401(self, response: Any, **options: Any) -> Any:
+            asked = urllib.parse.urlsplit(response.request.url).netloc.rpartition("@")[2]
+            # what it redirects to is nobody that the credentials are for
+            return super().handle_401(response, **options) if asked == host else response
+
+    return Auth(user, password)  # type: ignore[no-any-return] # likewise
 
 
 def _unchanged(prepared: Any) -> Any:
