@@ -20,7 +20,13 @@ from _anemoi_ckpt.places import URI, NoSuffixError, UnrangedError, Version, pinn
 from _anemoi_ckpt.places.explained import empty_file
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress, shown
-from _anemoi_ckpt.transport import Source, Transport, find_version, stream_whole
+from _anemoi_ckpt.transport import (
+    Source,
+    Transport,
+    find_version,
+    naming_similar,
+    stream_whole,
+)
 
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 AHEAD_BYTES = 4 * 1024  # read on past a record: the small ones after the pickle come with it
@@ -93,7 +99,8 @@ def first_and_last(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
         partial(source.read, 0, [head]),
         partial(_read_end, source, tail),
     ]
-    version, last = cast("tuple[Version, Version | None]", in_parallel(tasks, source))
+    with naming_similar(uri, transport):
+        version, last = cast("tuple[Version, Version | None]", in_parallel(tasks, source))
     if not version.size:
         raise empty_file(uri)
     if last is None and version.size > BLOCK_BYTES:

@@ -30,6 +30,7 @@ from _anemoi_ckpt.errors import (
 )
 from _anemoi_ckpt.formats import Archive, what_instead
 from _anemoi_ckpt.formats.legacy import read_legacy
+from _anemoi_ckpt.formats.others import what_begins
 from _anemoi_ckpt.formats.safetensors import looks_like_safetensors, read_safetensors
 from _anemoi_ckpt.formats.shards import join_archives, looks_like_json, read_weight_map
 from _anemoi_ckpt.formats.tar import looks_like_tar, read_tar
@@ -225,8 +226,7 @@ def _read_file(source: Source, blocks: BinaryIO, progress: Progress) -> tuple[So
         return source, read_legacy(place, buffered, source.size)
     if looks_like_tar(start):
         return source, read_tar(place, buffered, source.size)
-    begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
-    raise NotACheckpointError(place, *(what_instead(start) or begins))
+    raise NotACheckpointError(place, *(what_instead(start) or what_begins(start)))
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────

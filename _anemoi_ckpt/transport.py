@@ -11,14 +11,20 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from attrs import evolve, field, frozen
 from zlib_ng import zlib_ng
 
-from _anemoi_ckpt.errors import ChangedError, UnreachableError
+from _anemoi_ckpt.errors import (
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnreachableError,
+)
+from _anemoi_ckpt.globs import suggestion
 from _anemoi_ckpt.places import (
     CHUNK_BYTES,
     TIMEOUT_SECONDS,
@@ -27,6 +33,7 @@ from _anemoi_ckpt.places import (
     Entry,
     Notify,
     Params,
+    UnknownParamError,
     UnrangedError,
     Version,
     check_params,
@@ -36,8 +43,9 @@ from _anemoi_ckpt.places import (
     read_range,
     read_version,
     resolve,
+    sibling,
 )
-from _anemoi_ckpt.places.explained import empty_file, explained
+from _anemoi_ckpt.places.explained import CHECK_NAME, empty_file, explained
 from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
@@ -309,10 +317,30 @@ def find_version(uri: URI, transport: Transport) -> Version:
             empty.
         UnrangedError: the place can only give the whole object.
     """
-    version = attempted(transport, partial(read_version, uri, transport.params))
+    with naming_similar(uri, transport):
+        version = attempted(transport, partial(read_version, uri, transport.params))
     if not version.size:
         raise empty_file(uri)
     return version
+
+
+@contextmanager
+def naming_similar(uri: URI, transport: Transport) -> Iterator[None]:
+    """Have the error of an object that is not there name those beside it whose names are like its.
+
+    That takes one listing. Where it is refused, or the place lists nothing, no names are told.
+    """
+    try:
+        yield
+    except CheckpointNotFoundError as err:
+        if err.remedy == CHECK_NAME:  # and no bucket is missing
+            ask = partial(list_page, sibling(uri, ""), None, transport.params)
+            with suppress(CheckpointError, UnknownParamError):
+                page = attempted(evolve(transport, retries=0), ask)
+                names = [entry.uri.filename for entry in page.entries]
+                err.remedy = suggestion(uri.filename, names) or CHECK_NAME
+                err.name_place(err.place)
+        raise
 
 
 def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterator[Entry]:

@@ -1,9 +1,11 @@
 """What another attempt cannot mend is told at once; what is missing is named."""
 
 import datetime as dt
+import errno
 import http.server
 import ipaddress
 import logging
+import os
 import ssl
 import threading
 from collections import Counter
@@ -14,19 +16,22 @@ from typing import Any
 import pytest
 import torch
 
+import _anemoi_ckpt.places.local
 import _anemoi_ckpt.transport
 import needs
 import servers
+from _anemoi_ckpt.places import Buffers
 from _anemoi_ckpt.places.explained import explain
 from anemoi_ckpt import (
     CheckpointNotFoundError,
     UnreachableError,
+    download,
     load,
     parse_uri,
     peek,
     save,
 )
-from checkpoints import as_bytes
+from checkpoints import as_bytes, assert_same
 from conftest import Place
 
 DATA = as_bytes({"w": torch.ones(3)})
@@ -200,3 +205,40 @@ def test_an_attempt_is_told_once(
     told = [record.getMessage().partition(" at ")[0] for record in caplog.records]
     requests = len(asked) if apart else 1 + parse_uri(uri).asked_first  # for its version, alone
     assert Counter(told) == {"attempt 1 of 6": requests, "attempt 2 of 6": requests}
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_a_network_file_system_that_loses_a_file_for_a_moment(
+    code: int,
+    where: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    path = tmp_path / "a.ckpt"
+    checkpoint = {"w": torch.arange(300_000)}
+    path.write_bytes(as_bytes(checkpoint))
+    left = [9]
+
+    def lost(*_: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+
+    kept_open, kept_read = _anemoi_ckpt.places.local._open_at_once, Buffers.readfrom
+    if where == "open":
+        monkeypatch.setattr(
+            _anemoi_ckpt.places.local, "_open_at_once", lambda *args: lost() or kept_open(*args)
+        )
+    else:
+        monkeypatch.setattr(Buffers, "readfrom", lambda *args: lost() or kept_read(*args))
+    with pytest.raises(UnreachableError, match="the file system did not answer") as caught:
+        load(path, retries=1)
+    assert os.strerror(code) in str(caught.value)
+    left[0] = 2
+    assert_same(load(path), checkpoint)
+    assert left == [0]
+    left[0] = 1
+    assert download(path, tmp_path / "b.ckpt").read_bytes() == path.read_bytes()

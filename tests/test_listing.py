@@ -243,3 +243,46 @@ def test_what_cannot_be_removed(tmp_path: Path, http_server: servers.HTTPServer)
     assert tmp_path.exists()
     with pytest.raises(InvalidURIError, match="nothing can be removed"):
         remove_object(parse_uri(http_server.put("a.ckpt", DATA)))
+
+
+# ── names that are like a wrong one ───────────────────────────────────────────────────────────
+
+READS = {
+    "load": load,
+    "peek": anemoi_ckpt.peek,
+    "download": anemoi_ckpt.download,
+    "cached": lambda uri: load(uri, cached=True),
+}
+
+
+@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
+@pytest.mark.parametrize("read", READS)
+def test_a_wrong_name_tells_those_that_are_like_it(place, read: str) -> None:
+    place.put("run/deep/lost.ckpt", DATA)
+    place.put("run/other.txt", DATA)
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        READS[read](f"{folder}/lasst.ckpt")
+    assert str(caught.value).endswith("; is it one of these: last.ckpt?")
+    with pytest.raises(CheckpointNotFoundError, match="check the name"):
+        READS[read](f"{folder}/xyz")
+
+
+@pytest.mark.parametrize("place", STORES, indirect=True)
+@pytest.mark.parametrize("status", [403, 503])
+def test_who_may_not_list_gets_no_names_and_no_other_error(place, status: int) -> None:
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    listings = []
+
+    def refuse(request: servers.Request) -> servers.Fault | None:
+        if "/run/" in request.path or "%2Frun%2F" in request.path:
+            return None
+        listings.append(request)
+        return servers.Fault(status=status)
+
+    place.server.fault = refuse
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        load(f"{folder}/lasst.ckpt")
+    assert str(caught.value).endswith("; check the name for typing errors")
+    assert not isinstance(caught.value.__context__, AccessDeniedError)
+    assert len(listings) == 1

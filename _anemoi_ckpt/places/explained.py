@@ -158,6 +158,7 @@ def _is_unreachable(said: _Complaint) -> bool:
     return (isinstance(err, OSError | EOFError) or package in _NETWORK) and not misused
 
 
+CHECK_NAME = "check the name for typing errors"
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
     (
@@ -201,7 +202,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _is_missing,
         CheckpointNotFoundError,
         "there is no such object",
-        "check the name for typing errors",
+        CHECK_NAME,
     ),
     (_is_empty, NotACheckpointError, "the file is empty", "was its upload or download complete?"),
     (

@@ -172,7 +172,7 @@ def _basic_or_digest(
             # what it redirects to is nobody that the credentials are for
             return super().handle_401(response, **options) if asked == host else response
 
-    return Auth(user, password)  # type: ignore[no-any-return] # likewise
+    return Auth(user, password)
 
 
 def _unchanged(prepared: Any) -> Any:
