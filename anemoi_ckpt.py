@@ -684,11 +684,12 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
             return download_to_cache(located), located.place
-        target = own(to, _name_of(located) if is_folder(to) else "")
+        asked = functools.cache(functools.partial(pinned_version, located))
+        target = own(to, _name_of(located.place, asked) if is_folder(to) else "")
         if to.endswith(os.sep):
             with explained_writing(local_uri(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-        download_to(target, located)
+        download_to(target, located, asked)
         return target, located.place
 
     def others(first: Path) -> Path:
@@ -702,11 +703,11 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         return download_shared(bring, others, ranks, note if to is None else _prepare_nothing)
 
 
-def _name_of(transfer: Transfer) -> str:
+def _name_of(place: URI, ask: Callable[[], Version | None]) -> str:
     """Name a copy as the place does: a server is asked where the URL ends with no file's name."""
-    name = transfer.place.filename
-    if isinstance(transfer.place, HTTPURI) and not Path(name).suffix:
-        version = pinned_version(transfer)
+    name = place.filename
+    if isinstance(place, HTTPURI) and not Path(name).suffix:
+        version = ask()
         return (version and version.name) or name
     return name
 

@@ -25,6 +25,7 @@ from _anemoi_ckpt.cache import download_to_cache
 from _anemoi_ckpt.downloading import Transfer
 from _anemoi_ckpt.errors import (
     CorruptError,
+    InvalidURIError,
     MissingPackageError,
     NotACheckpointError,
 )
@@ -48,6 +49,7 @@ from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, sibling
 from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
 from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.places.memory import MemoryURI
+from _anemoi_ckpt.places.streams import StreamURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
 from _anemoi_ckpt.transport import Source, Transport, log
@@ -122,6 +124,9 @@ def _opened_once(
     first = at(place)
 
     def beside(name: str) -> URI:
+        if isinstance(place, StreamURI):
+            problem = "it is the index of a checkpoint in shards, which are in other files"
+            raise InvalidURIError(place, problem, "give its path or its URL, and not the open file")
         return at(sibling(place, name))
 
     try:

@@ -237,6 +237,19 @@ def test_what_is_removed_is_gone(place) -> None:
     place.put("run/last.ckpt", DATA)  # which the fixture removes
 
 
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_nothing_is_removed_from_a_bucket_that_is_not_there(place) -> None:
+    uri = place.put("a.ckpt", DATA)
+    scheme, _, rest = uri.partition("://")
+    if place.kind == "gcs":  # its emulator does not tell a bucket from an object
+        said = b'{"error": {"code": 404, "message": "The specified bucket does not exist."}}'
+        headers = {"Content-Type": "application/json"}
+        place.server.fault = lambda request: servers.Fault(status=404, body=said, headers=headers)
+    with pytest.raises(CheckpointNotFoundError, match="no such bucket or container"):
+        remove_object(f"{scheme}://no-such-bucket-here/{rest.partition('/')[2]}")
+    assert place.server.log
+
+
 def test_what_cannot_be_removed(tmp_path: Path, http_server: servers.HTTPServer) -> None:
     with pytest.raises((InvalidURIError, AccessDeniedError)):  # Linux and macOS differ
         remove_object(parse_uri(tmp_path))

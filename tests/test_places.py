@@ -139,6 +139,7 @@ def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
         ("s3:///a", "names no bucket"),
         ("s3://bucket", "names no object"),
         ("gs://bucket/", "names no object"),
+        ("s3://bucket/a.ckpt?versionId=", "names no version; name it, or leave"),
         ("az://container/run/", "names a folder; add the name of the checkpoint"),
         ("https:///a", "the URL has no host"),
         ("https://[half/a", "no URL (Invalid IPv6 URL); check it"),

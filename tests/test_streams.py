@@ -143,3 +143,14 @@ def test_an_open_file_that_breaks_is_read_again(monkeypatch: pytest.MonkeyPatch)
     stream: Any = Breaking(DATA)
     assert_same(load(stream), CHECKPOINT)
     assert stream.broken
+
+
+def test_the_index_of_shards_as_an_open_file(tmp_path: Path) -> None:
+    index = b'{"metadata": {}, "weight_map": {"w": "model-1.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    (tmp_path / "model-1.safetensors").write_bytes(index)
+    with (tmp_path / "model.safetensors.index.json").open("rb") as file:
+        for stream in (file, io.BytesIO(index)):
+            for read in (load, peek):
+                with pytest.raises(InvalidURIError, match="give its path or its URL, and not the"):
+                    read(stream)

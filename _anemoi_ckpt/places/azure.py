@@ -40,7 +40,7 @@ from _anemoi_ckpt.places import (
     timeout_of,
     with_client,
 )
-from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.explained import explained, unless_missing
 from _anemoi_ckpt.places.responses import read_socket
 from _anemoi_ckpt.places.sessions import mounted
 from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
@@ -388,7 +388,5 @@ def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
 @remove_object.register
 def remove_azure(uri: AzureURI, transport_params: Params = None) -> None:
     """Remove with Delete Blob."""
-    with explained(uri):
-        blob = _blob(uri, transport_params)
-        with suppress(imported("azure.core.exceptions", uri).ResourceNotFoundError):
-            blob.delete_blob()
+    with unless_missing(uri):
+        _blob(uri, transport_params).delete_blob()

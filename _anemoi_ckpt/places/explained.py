@@ -70,6 +70,17 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         raise problem from without_secrets(err)
 
 
+@contextmanager
+def unless_missing(uri: URI) -> Iterator[None]:
+    """Do as `explained`, but for an object that is not there, in a bucket that is."""
+    try:
+        with explained(uri):
+            yield
+    except CheckpointNotFoundError as err:
+        if err.remedy != CHECK_NAME:
+            raise
+
+
 @frozen
 class _Complaint:
     """What a store's exception says."""
