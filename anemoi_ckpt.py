@@ -32,7 +32,7 @@ import torch
 from attrs import evolve
 
 from _anemoi_ckpt import metadata as _metadata
-from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
+from _anemoi_ckpt.cache import cache_folder, download_to_cache, locate_kept, note
 from _anemoi_ckpt.calls import public
 from _anemoi_ckpt.contents import Contents, look_into
 from _anemoi_ckpt.differing import Difference, Side, compared, in_memory, stored
@@ -681,9 +681,10 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         return Path(to).is_dir() or to.endswith(os.sep)
 
     def bring() -> tuple[Path, URI]:
-        located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
+            located = evolve(transfer, place=locate_kept(transfer))
             return download_to_cache(located), located.place
+        located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         asked = functools.cache(functools.partial(pinned_version, located))
         target = own(to, _name_of(located.place, asked) if is_folder(to) else "")
         if to.endswith(os.sep):
