@@ -32,7 +32,7 @@ import torch
 from attrs import evolve
 
 from _anemoi_ckpt import metadata as _metadata
-from _anemoi_ckpt.cache import cache_folder, download_to_cache, note
+from _anemoi_ckpt.cache import cache_folder, download_to_cache, locate_kept, note
 from _anemoi_ckpt.calls import is_public, public
 from _anemoi_ckpt.contents import Contents, look_into
 from _anemoi_ckpt.differing import Difference, Side, compared, in_memory, stored
@@ -681,14 +681,16 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         return Path(to).is_dir() or to.endswith(os.sep)
 
     def bring() -> tuple[Path, URI]:
-        located = evolve(transfer, place=locate(transfer.place, transfer.transport))
         if to is None:
+            located = evolve(transfer, place=locate_kept(transfer))
             return download_to_cache(located), located.place
-        target = own(to, _name_of(located) if is_folder(to) else "")
+        located = evolve(transfer, place=locate(transfer.place, transfer.transport))
+        asked = functools.cache(functools.partial(pinned_version, located))
+        target = own(to, _name_of(located.place, asked) if is_folder(to) else "")
         if to.endswith(os.sep):
             with explained_writing(local_uri(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-        download_to(target, located)
+        download_to(target, located, asked)
         return target, located.place
 
     def others(first: Path) -> Path:
@@ -702,11 +704,11 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         return download_shared(bring, others, ranks, note if to is None else _prepare_nothing)
 
 
-def _name_of(transfer: Transfer) -> str:
+def _name_of(place: URI, ask: Callable[[], Version | None]) -> str:
     """Name a copy as the place does: a server is asked where the URL ends with no file's name."""
-    name = transfer.place.filename
-    if isinstance(transfer.place, HTTPURI) and not Path(name).suffix:
-        version = pinned_version(transfer)
+    name = place.filename
+    if isinstance(place, HTTPURI) and not Path(name).suffix:
+        version = ask()
         return (version and version.name) or name
     return name
 

@@ -123,7 +123,7 @@ LIGHTNING = ["lightning", "pytorch-lightning", "torchmetrics"]  # they would bri
 WITHOUT = [
     "anemoi",  # anemoi-models wants some dozens of packages, and another torch
     # HTTP and S3 tell whether Python and requests are borne; torch-2.2 has the SDKs' lowest bounds.
-    *("azure", "gcs", "google"),
+    *("azure", "gcs", "google", "node"),
     "mypy",  # what it says of a wheel is no matter of the Python or torch beneath
     "mlflow",  # a hundred packages for a client that knows nothing of torch
 ]

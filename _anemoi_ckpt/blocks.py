@@ -13,14 +13,20 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 from attrs import evolve
+from zlib_ng import zlib_ng
 
-from _anemoi_ckpt.errors import ChangedError
 from _anemoi_ckpt.parallel import in_parallel, part_bytes
 from _anemoi_ckpt.places import URI, NoSuffixError, UnrangedError, Version, pinned
 from _anemoi_ckpt.places.explained import empty_file
 from _anemoi_ckpt.places.memory import MemoryURI
 from _anemoi_ckpt.progress import Progress, shown
-from _anemoi_ckpt.transport import Source, Transport, find_version, stream_whole
+from _anemoi_ckpt.transport import (
+    Source,
+    Transport,
+    find_version,
+    naming_similar,
+    stream_whole,
+)
 
 BLOCK_BYTES = 64 * 1024  # first and last block: holds pickle and directory of most checkpoints
 AHEAD_BYTES = 4 * 1024  # read on past a record: the small ones after the pickle come with it
@@ -93,18 +99,24 @@ def first_and_last(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:
         partial(source.read, 0, [head]),
         partial(_read_end, source, tail),
     ]
-    version, last = cast("tuple[Version, Version | None]", in_parallel(tasks, source))
+    with naming_similar(uri, transport):
+        version, last = cast("tuple[Version, Version | None]", in_parallel(tasks, source))
     if not version.size:
         raise empty_file(uri)
     if last is None and version.size > BLOCK_BYTES:
         at_end = version.size - BLOCK_BYTES
         last = evolve(source, version=version).read(at_end, [tail])
     pinned(uri, last or version, version)
-    blocks = {0: memoryview(head)[: version.size]}
+    first = memoryview(head)[: version.size]
+    blocks = {0: first}
     if version.size > BLOCK_BYTES:  # otherwise the first block is all there is
         blocks[version.size - BLOCK_BYTES] = memoryview(tail)
-    source = evolve(source, version=version)
+    source = evolve(source, version=version, beginning=_beginning(first))
     return source, cast("BinaryIO", Blocks(source, blocks))
+
+
+def _beginning(first: memoryview) -> tuple[int, int]:
+    return len(first), zlib_ng.crc32(first)
 
 
 def _read_end(source: Source, tail: bytearray) -> Version | None:
@@ -123,10 +135,12 @@ def first_alone(source: Source) -> tuple[Source, BinaryIO]:
         UnrangedError: the place can only give the whole object.
     """
     head = bytearray(BLOCK_BYTES)
-    source = evolve(source, version=source.read(0, [head]))
-    if not source.size:
+    version = source.read(0, [head])
+    if not version.size:
         raise empty_file(source.uri)
-    return source, cast("BinaryIO", Blocks(source, {0: memoryview(head)[: source.size]}))
+    first = memoryview(head)[: version.size]
+    source = evolve(source, version=version, beginning=_beginning(first))
+    return source, cast("BinaryIO", Blocks(source, {0: first}))
 
 
 def in_memory(uri: URI, data: bytes | bytearray) -> tuple[Source, BinaryIO]:
@@ -157,18 +171,13 @@ def read_whole(source: Source, progress: Progress) -> bytearray:
 
 
 def whole(source: Source) -> Source:
-    """Take a pinned object in one piece, whose server has begun to refuse ranges.
+    """Take a pinned object in one piece, whose server gives no more ranges that belong together.
 
     Raises:
-        ChangedError: it has another size by now.
+        ChangedError: it has another size by now, or begins differently.
     """
     data = streamed(source.uri, source.transport, progress=False)
-    if len(data) != source.size:
-        raise ChangedError(
-            source.uri,
-            f"the object was replaced while it was read ({source.size} bytes are now {len(data)})",
-            "load it again, once it is no longer written to",
-        )
+    source.require_beginning(data)
     source.moved.append(len(data))
     return in_memory(source.uri, data)[0]
 

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import urllib.parse
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -25,12 +26,13 @@ from _anemoi_ckpt.downloading import (
     pinned_version,
 )
 from _anemoi_ckpt.errors import UnreachableError, redact
-from _anemoi_ckpt.places import URI, environment
+from _anemoi_ckpt.places import URI, check_params, environment
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.places.s3 import S3URI
 from _anemoi_ckpt.places.settings import store_settings
-from _anemoi_ckpt.transport import log
+from _anemoi_ckpt.places.streams import Place, parse_place
+from _anemoi_ckpt.transport import Transport, locate, log
 
 _SIGNING = re.compile(
     r"(?i)X-(?:Amz|Goog)-.*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id"
@@ -47,6 +49,26 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("anemoi-ckpt", appauthor=False)
 
 
+def located(place: Place, transport: Transport) -> URI:
+    """Do as `locate`; or, for what is to be cached, as `locate_kept`."""
+    if not transport.cached:
+        return locate(place, transport)
+    return locate_kept(Transfer(parse_place(place), transport, progress=False))
+
+
+def locate_kept(transfer: Transfer) -> URI:
+    """Do as `locate` for what is to be cached; offline, a copy serves by the place's own name.
+
+    Raises:
+        CheckpointError: as `locate`.
+    """
+    with _advised(transfer):
+        if is_offline() and not transfer.fresh and _copies(transfer):
+            check_params(transfer.place, transfer.transport.params)
+            return transfer.place
+        return locate(transfer.place, transfer.transport)
+
+
 def download_to_cache(transfer: Transfer) -> Path:
     """Download a file once for all processes of this machine, while the object is the same.
 
@@ -55,8 +77,15 @@ def download_to_cache(transfer: Transfer) -> Path:
     if is_offline() and not transfer.fresh and (copy := _copy(transfer)):
         log.warning("%s: offline, so the copy in the cache serves, unasked", transfer.place)
         return copy
-    try:
+    with _advised(transfer):
         return _download_to_cache(transfer)
+
+
+@contextmanager
+def _advised(transfer: Transfer) -> Iterator[None]:
+    """Tell, where a place is out of reach, that a copy could serve."""
+    try:
+        yield
     except UnreachableError as err:
         if not transfer.fresh and _copy(transfer):
             err.remedy += f"; or set {_OFFLINE[0]}=1 to take the copy that is in the cache"
@@ -160,6 +189,15 @@ def _sum(path: Path) -> list[int]:
 
 def _copy(transfer: Transfer) -> Path | None:
     """Find the newest sound copy of an object; None if there is none."""
+    for target, known in _copies(transfer):
+        with suppress(OSError):
+            if _is_kept(target, transfer) and _sum(target) == known:
+                return target
+    return None
+
+
+def _copies(transfer: Transfer) -> list[tuple[Path, list[int]]]:
+    """List the copies of an object that can serve, if they are sound: the newest first."""
     store = _store(transfer)
     found = []
     for path in cache_folder().glob(f"*/{_RECORD}"):
@@ -167,12 +205,8 @@ def _copy(transfer: Transfer) -> Path | None:
             record = json.loads(path.read_text("utf-8"))
             if record["store"] == store:
                 found.append((path.stat().st_mtime_ns, path.parent, record["sum"]))
-    for _, folder, known in sorted(found, reverse=True):
-        target = folder / (transfer.place.filename or "checkpoint")
-        with suppress(OSError):
-            if _is_kept(target, transfer) and _sum(target) == known:
-                return target
-    return None
+    name = transfer.place.filename or "checkpoint"
+    return [(folder / name, known) for _, folder, known in sorted(found, reverse=True)]
 
 
 # ── entries ───────────────────────────────────────────────────────────────────────────────────

@@ -64,14 +64,21 @@ class Transfer:
     fresh: bool = False  # fetch what is in the cache anew
 
 
-def download_to(target: Path, transfer: Transfer) -> None:
+def download_to(
+    target: Path, transfer: Transfer, version: Callable[[], Version | None] | None = None
+) -> None:
     """Download a file, or what is missing of it; check it; and only then give it its name.
+
+    Args:
+        target: the file.
+        transfer: what, and how.
+        version: asks which object it is, where the caller has an answer.
 
     Raises:
         CheckpointError: the file cannot be read or written, or differs from the stored one.
     """
     with locked(target):
-        bring(target, transfer, pinned_version(transfer))
+        bring(target, transfer, version() if version else pinned_version(transfer))
 
 
 def pinned_version(transfer: Transfer) -> Version | None:

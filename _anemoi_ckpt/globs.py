@@ -70,6 +70,12 @@ def similar(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return difflib.get_close_matches(name, candidates, cutoff=cutoff)
 
 
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Ask whether one of the names that are like a wrong one is meant; empty if none is."""
+    found = similar(name, names)
+    return f"is it one of these: {', '.join(found)}?" if found else ""
+
+
 def _neighbours(name: str, names: Iterable[str]) -> list[str]:
     """Give the names around one in alphabetical order."""
     ordered = sorted(names)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from _anemoi_ckpt.cache import located
 from _anemoi_ckpt.calls import is_public
 from _anemoi_ckpt.errors import CorruptError
 from _anemoi_ckpt.fetching import fetched, spare_bytes
@@ -24,7 +25,7 @@ from _anemoi_ckpt.planning import Strategy, planned, random_states
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
 from _anemoi_ckpt.steps import check_strategies
-from _anemoi_ckpt.transport import Transport, locate
+from _anemoi_ckpt.transport import Transport
 
 
 @frozen
@@ -63,7 +64,7 @@ def loaded(
         names = ranks.together(check)
         if transport.cached:  # each machine downloads it once
             return ranks.together(lambda: alone(names, progress))
-        place = functools.partial(locate, uri, transport)
+        place = functools.partial(located, uri, transport)
         checkpoint = opened_by_ranks(place, transport, progress, ranks)
         return completed(checkpoint, strategies, names, progress, ranks)
 
@@ -117,7 +118,7 @@ def _loaded_alone(
     progress: Progress,
     transport: Transport,
 ) -> Loaded:
-    place = locate(uri, transport)
+    place = located(uri, transport)
     directory = None
     try:
         checkpoint = opened(place, transport, progress)

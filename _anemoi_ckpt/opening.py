@@ -25,11 +25,13 @@ from _anemoi_ckpt.cache import download_to_cache
 from _anemoi_ckpt.downloading import Transfer
 from _anemoi_ckpt.errors import (
     CorruptError,
+    InvalidURIError,
     MissingPackageError,
     NotACheckpointError,
 )
 from _anemoi_ckpt.formats import Archive, what_instead
 from _anemoi_ckpt.formats.legacy import read_legacy
+from _anemoi_ckpt.formats.others import what_begins
 from _anemoi_ckpt.formats.safetensors import looks_like_safetensors, read_safetensors
 from _anemoi_ckpt.formats.shards import join_archives, looks_like_json, read_weight_map
 from _anemoi_ckpt.formats.tar import looks_like_tar, read_tar
@@ -47,6 +49,7 @@ from _anemoi_ckpt.places import URI, UnrangedError, Version, imported, sibling
 from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
 from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.places.memory import MemoryURI
+from _anemoi_ckpt.places.streams import StreamURI
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, sendable
 from _anemoi_ckpt.transport import Source, Transport, log
@@ -121,6 +124,9 @@ def _opened_once(
     first = at(place)
 
     def beside(name: str) -> URI:
+        if isinstance(place, StreamURI):
+            problem = "it is the index of a checkpoint in shards, which are in other files"
+            raise InvalidURIError(place, problem, "give its path or its URL, and not the open file")
         return at(sibling(place, name))
 
     try:
@@ -225,8 +231,7 @@ def _read_file(source: Source, blocks: BinaryIO, progress: Progress) -> tuple[So
         return source, read_legacy(place, buffered, source.size)
     if looks_like_tar(start):
         return source, read_tar(place, buffered, source.size)
-    begins = (f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save")
-    raise NotACheckpointError(place, *(what_instead(start) or begins))
+    raise NotACheckpointError(place, *(what_instead(start) or what_begins(start)))
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────
@@ -238,7 +243,7 @@ def _opened_shards(
     """Open the files that an index names, as one."""
     weight_map = read_weight_map(place, index)
     shards = {
-        name: evolve(origin, uri=beside(name), version=None)
+        name: evolve(origin, uri=beside(name), version=None, beginning=(0, 0))
         for name in dict.fromkeys(weight_map.values())
     }
     tasks = [functools.partial(_first_block, shard) for shard in shards.values()]

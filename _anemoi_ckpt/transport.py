@@ -11,13 +11,20 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from attrs import evolve, field, frozen
+from zlib_ng import zlib_ng
 
-from _anemoi_ckpt.errors import UnreachableError
+from _anemoi_ckpt.errors import (
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnreachableError,
+)
+from _anemoi_ckpt.globs import suggestion
 from _anemoi_ckpt.places import (
     CHUNK_BYTES,
     TIMEOUT_SECONDS,
@@ -26,6 +33,7 @@ from _anemoi_ckpt.places import (
     Entry,
     Notify,
     Params,
+    UnknownParamError,
     UnrangedError,
     Version,
     check_params,
@@ -35,8 +43,9 @@ from _anemoi_ckpt.places import (
     read_range,
     read_version,
     resolve,
+    sibling,
 )
-from _anemoi_ckpt.places.explained import empty_file, explained
+from _anemoi_ckpt.places.explained import CHECK_NAME, empty_file, explained
 from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
@@ -51,6 +60,8 @@ PART_BYTES = 8 * 1024**2  # least for one request: long against a round trip
 RETRIES = 5
 BACKOFF_SECONDS = 0.2  # before the first attempt anew; twice as long before each one after
 LONGEST_BACKOFF_SECONDS = 30.0  # a server may ask for longer with Retry-After
+SAME_SECONDS = 5.0  # in which requests that fail side by side have one cause, told once
+_Told = dict[tuple[str, int], float]  # when a place's attempt of this number was told as failed
 _random = random.SystemRandom()  # for jitter: forked processes wait differently; no seed changes
 
 
@@ -83,7 +94,12 @@ class Transport:
 # ── attempts ──────────────────────────────────────────────────────────────────────────────────
 
 
-def attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop | None = None) -> _T:
+def attempted(
+    transport: Transport,
+    attempt: Callable[[], _T],
+    stop: Stop | None = None,
+    told: _Told | None = None,
+) -> _T:
     """Attempt something until it goes well: the one loop of retries.
 
     One that brought something before it failed (`UnreachableError.progressed`) counts as none.
@@ -94,15 +110,17 @@ def attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop | None
         transport: the policy.
         attempt: what is tried. It raises an `UnreachableError` where another attempt may go well.
         stop: ends it; that of the thread, if none is given.
+        told: warnings, of this and of what is attempted beside it: of one attempt there is one.
 
     Raises:
         UnreachableError: the last one, after too many attempts that brought nothing, or too long.
     """
     stop = stop or heeded() or Stop()
-    return heard(partial(_attempted, transport, attempt, stop), stop)
+    told = {} if told is None else told
+    return heard(partial(_attempted, transport, attempt, stop, told), stop)
 
 
-def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop) -> _T:
+def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop, told: _Told) -> _T:
     count, since = 0, time.monotonic()
     while True:
         try:
@@ -119,7 +137,7 @@ def _attempted(transport: Transport, attempt: Callable[[], _T], stop: Stop) -> _
             raise problem
         if count > transport.retries or silence + seconds > transport.patience:
             raise _given_up(problem, count, silence, seconds)
-        _tell(problem, count, transport)
+        _tell(problem, count, transport, told)
         stop.wait(seconds)
 
 
@@ -139,8 +157,13 @@ def _given_up(
     return problem
 
 
-def _tell(problem: UnreachableError, count: int, transport: Transport) -> None:
+def _tell(problem: UnreachableError, count: int, transport: Transport, told: _Told) -> None:
     if count:
+        now, key = time.monotonic(), (problem.place, count)
+        before = told.setdefault(key, now)  # in one step, which no other thread interrupts
+        if before is not now and now - before < SAME_SECONDS:
+            return
+        told[key] = now
         tries = f"attempt {count} of {transport.retries + 1}"
         log.warning("%s at %s: %s", tries, problem.place, problem.problem)
     else:
@@ -170,10 +193,27 @@ class Source:
     transport: Transport = field(factory=Transport, repr=False)
     moved: list[int] = field(factory=list, repr=False)  # bytes, by each read
     stop: Stop = field(factory=Stop, repr=False)  # of all its reads, where one of them fails
+    told: _Told = field(factory=dict, repr=False, eq=False)  # warnings of all its reads
+    beginning: tuple[int, int] = (0, 0)  # how many of its first bytes were read, and their CRC-32
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to other ranks as what is read. How, and with what account, each one knows."""
-        return Source, (self.uri, self.version)
+        return partial(Source, beginning=self.beginning), (self.uri, self.version)
+
+    def require_beginning(self, data: Any) -> None:
+        """Compare an object that came in one piece with what was read of the pinned one.
+
+        Raises:
+            ChangedError: it is another: its size or its beginning differ.
+        """
+        size, crc = self.beginning
+        if len(data) != self.size or zlib_ng.crc32(memoryview(data)[:size]) != crc:
+            raise ChangedError(
+                self.uri,
+                f"the object was replaced while it was read ({self.size} bytes are now"
+                f" {len(data)}, or begin differently)",
+                self.uri.when_changed,
+            )
 
     @property
     def in_memory(self) -> bool:
@@ -232,7 +272,7 @@ class Source:
                 raise
 
         try:
-            return attempted(self.transport, fill, self.stop)
+            return attempted(self.transport, fill, self.stop, self.told)
         except _NotifyError as err:
             problem = err.problem
         raise problem
@@ -277,10 +317,30 @@ def find_version(uri: URI, transport: Transport) -> Version:
             empty.
         UnrangedError: the place can only give the whole object.
     """
-    version = attempted(transport, partial(read_version, uri, transport.params))
+    with naming_similar(uri, transport):
+        version = attempted(transport, partial(read_version, uri, transport.params))
     if not version.size:
         raise empty_file(uri)
     return version
+
+
+@contextmanager
+def naming_similar(uri: URI, transport: Transport) -> Iterator[None]:
+    """Have the error of an object that is not there name those beside it whose names are like its.
+
+    That takes one listing. Where it is refused, or the place lists nothing, no names are told.
+    """
+    try:
+        yield
+    except CheckpointNotFoundError as err:
+        if err.remedy == CHECK_NAME:  # and no bucket is missing
+            ask = partial(list_page, sibling(uri, ""), None, transport.params)
+            with suppress(CheckpointError, UnknownParamError):
+                page = attempted(evolve(transport, retries=0), ask)
+                names = [entry.uri.filename for entry in page.entries]
+                err.remedy = suggestion(uri.filename, names) or CHECK_NAME
+                err.name_place(err.place)
+        raise
 
 
 def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterator[Entry]:
@@ -315,17 +375,28 @@ def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify)
 
 def stream_pinned(uri: URI, sink: Any, transport: Transport) -> None:
     """Copy all of one version of an object to a stream that cannot seek."""
+    known: Version | None = None
+    written = crc = 0
     try:
-        version = find_version(uri, transport)
-        source = Source(uri, version, transport)
-        room = memoryview(bytearray(min(PART_BYTES, version.size)))
-        for start in range(0, version.size, PART_BYTES):
-            part = room[: version.size - start]
+        known = find_version(uri, transport)
+        source = Source(uri, known, transport)
+        room = memoryview(bytearray(min(PART_BYTES, known.size)))
+        for start in range(0, known.size, PART_BYTES):
+            part = room[: known.size - start]
             source.read(start, [part])
             sink.write(part)
-    except UnrangedError:  # the first request tells, so nothing was written yet
+            written, crc = start + len(part), zlib_ng.crc32(part, crc)
+    except UnrangedError:
+        size = begun = 0
         for chunk in _chunks(uri, transport):
-            sink.write(chunk)
+            again = chunk[: max(0, written - size)]  # which is written already
+            size, begun = size + len(chunk), zlib_ng.crc32(again, begun)
+            if size >= written and begun != crc:
+                break
+            sink.write(chunk[len(again) :])
+        if begun != crc or (known is not None and known.size != size):
+            problem = f"the object was replaced while it was read (byte {written} is now another's)"
+            raise ChangedError(uri, problem, uri.when_changed) from None
 
 
 def _chunks(uri: URI, transport: Transport) -> Iterator[bytes]:

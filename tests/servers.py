@@ -929,21 +929,15 @@ def azure_store() -> Iterator[Store]:
     """Azurite (https://github.com/Azure/Azurite) behind a proxy; npm installs it when first
     asked for, in tests/node_modules."""
     blob = _import("azure.storage.blob", "pip install azure-storage-blob")
-    command = [
-        *(_node(), str(_azurite()), "--silent", "--skipApiVersionCheck", "--loose"),
+    options = [
+        *("--silent", "--skipApiVersionCheck", "--loose"),
         *("--inMemoryPersistence", "--disableTelemetry"),
         *("--blobHost", "127.0.0.1", "--blobPort", "0"),
     ]
     with contextlib.ExitStack() as stack:
-        # In a folder of its own: Azurite leaves files where it runs.
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        output = folder / "azurite.log"
-        with output.open("wb") as sink:
-            process = subprocess.Popen(
-                command, cwd=folder, stdout=sink, stderr=sink, env=HOST_ENVIRONMENT
-            )
-        stack.callback(_end, process)
-        proxy = FaultProxy("azure", "127.0.0.1", _azurite_port(process, output))
+        said = r"successfully listens on http://\S+:(\d+)"
+        port = stack.enter_context(node_server("azurite/dist/src/blob/main.js", options, said))
+        proxy = FaultProxy("azure", "127.0.0.1", port)
         proxy.start()
         stack.callback(proxy.stop)
         upstream = "http://{}:{}".format(*proxy.upstream)
@@ -961,25 +955,40 @@ def azure_store() -> Iterator[Store]:
         )
 
 
-def _node() -> str:
+@contextlib.contextmanager
+def node_server(script: str, options: list[str], said: str) -> Iterator[int]:
+    """Starts a server of Node.js that npm has, or installs; gives the port that it says.
+
+    `script` is its path in node_modules; `said` finds the port in what it prints once it listens.
+    """
     node = shutil.which("node", path=HOST_ENVIRONMENT.get("PATH"))
     if node is None:
         raise UnavailableError(
-            "Azurite needs Node.js 20 or newer: install it from https://nodejs.org"
+            "The tests' servers need Node.js 20 or newer: install it from https://nodejs.org"
         )
-    return node
+    command = [node, str(_installed(script)), *options]
+    with contextlib.ExitStack() as stack:
+        # In a folder of its own: Azurite leaves files where it runs.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        output = folder / "server.log"
+        with output.open("wb") as sink:
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=sink, stderr=sink, env=HOST_ENVIRONMENT
+            )
+        stack.callback(_end, process)
+        yield _said_port(process, output, said)
 
 
-def _azurite() -> Path:
-    """The installed Azurite; installed here where it is not yet, by one process at a time."""
+def _installed(name: str) -> Path:
+    """A script of node_modules; installed here where it is not yet, by one process at a time."""
     folder = Path(__file__).parent
-    script = folder / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
+    script = folder / "node_modules" / name
     if script.exists():
         return script
     npm = shutil.which("npm", path=HOST_ENVIRONMENT.get("PATH"))
     if npm is None:
         raise UnavailableError(
-            "Azurite needs npm: install it, or run `npm ci --prefix tests` elsewhere"
+            f"{name} needs npm: install it, or run `npm ci --prefix tests` elsewhere"
         )
     # Under pytest-xdist one installs; the others wait, then find it.  The lock lies in the
     # checkout: one in the shared temporary folder would belong to the machine's first user.
@@ -1007,15 +1016,15 @@ def _run_npm(command: list[str], folder: Path) -> None:
         raise UnavailableError(f"`npm ci --prefix tests` took over {_NPM_SECONDS} s") from err
 
 
-def _azurite_port(process: subprocess.Popen[bytes], output: Path) -> int:
-    """The port that Azurite chose; it says so once it listens."""
+def _said_port(process: subprocess.Popen[bytes], output: Path, said: str) -> int:
+    """The port that a server says once it listens."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if found := re.search(r"successfully listens on http://\S+:(\d+)", output.read_text()):
+        if found := re.search(said, output.read_text()):
             return int(found.group(1))
         time.sleep(0.05)
     raise UnavailableError(
-        f"Azurite did not start (Node.js 20 or newer is needed): {output.read_text()[-500:]}"
+        f"It did not start (Node.js 20 or newer is needed): {output.read_text()[-500:]}"
     )
 
 

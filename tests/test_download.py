@@ -755,6 +755,8 @@ def test_a_server_names_what_its_url_does_not(
     http_server.fault = lambda request: servers.Fault(headers=headers)
     assert download(url, tmp_path) == tmp_path / name
     assert (tmp_path / name).read_bytes() == DATA
+    ranges = [request.range for request in http_server.log]
+    assert ranges.count("bytes=0-0") == 1  # name and version are told by one answer
     named = http_server.put("b.ckpt", DATA)
     assert download(named, tmp_path) == tmp_path / "b.ckpt"  # a URL that names it wins
 

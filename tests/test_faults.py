@@ -4,6 +4,7 @@ One test a cell; the last one compares what came out with the table in README.
 """
 
 import hashlib
+import itertools
 import re
 import sys
 import threading
@@ -168,6 +169,14 @@ def elsewhere(place: Any) -> None:
     place.server.fault = lambda request: servers.redirect(url)
 
 
+def in_turns(*tags: str) -> Callable[[Any], None]:
+    def begin(place: Any) -> None:
+        each = itertools.cycle(tags)
+        place.server.fault = lambda request: Fault(headers={"ETag": next(each)})
+
+    return begin
+
+
 MIDDLE = 8 * 400_000  # a bit of what is large
 SILENCE_SECONDS = 120
 SOON_SECONDS = SILENCE_SECONDS / 2  # some seconds, but on a busy machine
@@ -231,6 +240,7 @@ CASES: dict[str, Case] = {
     "compressed, though nobody asked": Case(always(Fault(gzip=True)), places=("http",)),
     "no ETag": Case(always(Fault(no_etag=True)), places=("http",)),
     "a weak ETag": Case(always(Fault(weak_etag=True)), places=("http",)),
+    "replicas whose weak ETags differ": Case(in_turns('W/"1"', 'W/"2"'), places=("http",)),
     "redirected to another host": Case(elsewhere, places=("http",)),
 }
 CELLS = [

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -123,7 +124,19 @@ CELLS = [
     if (each, place) != ("create", "azure")  # it has no such request
     and (place == "s3" or not fault.startswith("400"))
 ]
+ALWAYS = [cell for cell in CELLS if cell[0] not in {"lost", "cut"}]  # the store has done those
 WRITES = [cell[1:] for cell in CELLS if cell[0] == "reset"]
+LASTING = (401, 403, 404, 410)
+ROWS = [  # of the table in README: what fails, at which request, in which store
+    *((f"{fault}, each request once", each, place) for fault, each, place in CELLS),
+    *((f"{fault}, always", each, place) for fault, each, place in ALWAYS),
+    *((f"{status}, always", each, place) for status in LASTING for each, place in WRITES),
+]
+OUTCOMES: dict[tuple[str, str, str], str] = {}
+
+
+def note(row: str, each: str, place: Any, outcome: str) -> None:
+    OUTCOMES[row, each, place.kind] = outcome
 
 
 @pytest.mark.parametrize(("fault", "each", "place"), CELLS, indirect=["place"])
@@ -137,6 +150,7 @@ def test_a_request_that_fails_is_made_again(
     with caplog.at_level(logging.WARNING, "anemoi_ckpt"):
         outcome = saved(place, **({"timeout": 6} if fault == "stalled" else {}))
     asked = Counter((r.target, r.headers["Content-Range"]) for r in place.server.log if stage(r))
+    note(f"{fault}, each request once", each, place, outcome)
     assert outcome == "equal"
     object_there, uploads = left(place)
     assert object_there == "equal"
@@ -153,7 +167,7 @@ def test_a_request_that_fails_is_made_again(
 
 @pytest.mark.parametrize(
     ("fault", "each", "place"),
-    [cell for cell in CELLS if cell[0] not in {"lost", "cut"}],  # then the store has done it
+    ALWAYS,
     indirect=["place"],
 )
 def test_what_fails_always_leaves_the_old_object(fault: str, each: str, place: Any) -> None:
@@ -163,7 +177,9 @@ def test_what_fails_always_leaves_the_old_object(fault: str, each: str, place: A
     begin(place, each, spoilt, handed_on=False, once=False)
     started = time.monotonic()
     patience = {"timeout": 0.9} if fault == "stalled" else {"retries": 1}
-    assert saved(place, **patience) == "UnreachableError"
+    outcome = saved(place, **patience)
+    note(f"{fault}, always", each, place, outcome)
+    assert outcome == "UnreachableError"
     assert time.monotonic() - started < SILENCE_SECONDS / 2
     asked = Counter(r.target for r in place.server.log if stage(r) == each)
     if fault != "stalled":
@@ -171,7 +187,7 @@ def test_what_fails_always_leaves_the_old_object(fault: str, each: str, place: A
     assert left(place) == ("before", [])
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 410])
+@pytest.mark.parametrize("status", LASTING)
 @pytest.mark.parametrize(("each", "place"), WRITES, indirect=["place"])
 def test_what_cannot_get_better_is_told_at_once(
     status: int, each: str, place: Any, caplog: pytest.LogCaptureFixture
@@ -181,11 +197,31 @@ def test_what_cannot_get_better_is_told_at_once(
     begin(place, each, Fault(status=status), handed_on=False, once=False)
     with caplog.at_level(logging.WARNING, "anemoi_ckpt"):
         right = "AccessDeniedError" if status < 404 else "CheckpointNotFoundError"
-        assert saved(place) == right
+        outcome = saved(place)
+    note(f"{status}, always", each, place, outcome)
+    assert outcome == right
     asked = Counter((r.target, r.headers["Content-Range"]) for r in place.server.log if stage(r))
     assert max(asked.values()) == 1
     assert caplog.records == []
     assert left(place) == ("before", [])
+
+
+def table(outcomes: Mapping[tuple[str, str, str], str]) -> str:
+    lines = ["| | S3 | Azure | GCS |", "| --- | --- | --- | --- |"]
+    for row in dict.fromkeys(row for row, _, _ in ROWS):
+        cells = []
+        for store in STORES:
+            found = {outcomes[cell] for cell in ROWS if (cell[0], cell[2]) == (row, store)}
+            cells.append("; ".join(sorted(found)) or "-")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_readme() -> None:
+    if set(OUTCOMES) != set(ROWS):
+        pytest.skip("some cells were not run")
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+    assert f"<!-- writing -->\n{table(OUTCOMES)}\n<!-- /writing -->" in readme
 
 
 @pytest.mark.parametrize("place", STORES, indirect=True)

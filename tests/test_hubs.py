@@ -674,3 +674,44 @@ def test_a_place_of_ones_own_that_knows_where_a_file_is(tmp_path: Path) -> None:
         assert caught.value.place == f"latest://{tmp_path}"
     finally:
         _anemoi_ckpt.places._PARSERS.pop("latest", None)
+
+
+# ── offline ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_offline_a_copy_serves_by_the_hubs_own_name(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"hf://{REPO}/run/last.ckpt"
+    hub.commit(REPO, {"run/last.ckpt": as_bytes(CHECKPOINT)})
+    assert_same(load(uri, cached=True), CHECKPOINT)
+    hub.stop()
+    with pytest.raises(UnreachableError, match="set ANEMOI_CKPT_OFFLINE=1 to take the copy"):
+        load(uri, cached=True, retries=0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.log.clear()
+    assert_same(load(uri, cached=True), CHECKPOINT)
+    path = download(uri)
+    assert_same(load(path), CHECKPOINT)
+    assert hub.log == []
+    with pytest.raises(TypeError, match="means nothing"):
+        load(uri, cached=True, transport_params={"clientt": 1})
+    for other in ("run/other.ckpt", "last.ckpt"):
+        with pytest.raises(UnreachableError):
+            load(f"hf://{REPO}/{other}", cached=True, retries=0)
+    path.write_bytes(as_bytes(CHECKPOINT)[:-1])  # no longer sound: the hub is asked
+    with pytest.raises(UnreachableError):
+        load(uri, cached=True, retries=0)
+
+
+def test_offline_a_copy_serves_by_mlflows_own_name(
+    tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = logged(tracked, tmp_path)
+    uri = f"runs:/{run}/dir/a b.ckpt"
+    assert_same(load(uri, cached=True), CHECKPOINT)
+    monkeypatch.setenv("ANEMOI_CKPT_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # which is what would ask
+    assert_same(load(uri, cached=True), CHECKPOINT)
+    with pytest.raises(ImportError):
+        load(f"runs:/{run}/dir/b.ckpt", cached=True)

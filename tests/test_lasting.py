@@ -1,11 +1,14 @@
 """What another attempt cannot mend is told at once; what is missing is named."""
 
 import datetime as dt
+import errno
 import http.server
 import ipaddress
 import logging
+import os
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,22 @@ from typing import Any
 import pytest
 import torch
 
+import _anemoi_ckpt.places.local
+import _anemoi_ckpt.transport
 import needs
 import servers
+from _anemoi_ckpt.places import Buffers
 from _anemoi_ckpt.places.explained import explain
 from anemoi_ckpt import (
     CheckpointNotFoundError,
     UnreachableError,
+    download,
     load,
     parse_uri,
     peek,
     save,
 )
-from checkpoints import as_bytes
+from checkpoints import as_bytes, assert_same
 from conftest import Place
 
 # ssl leaves a server's socket open whose client went before its handshake.
@@ -177,3 +184,64 @@ def test_errors_say_what_the_store_said_once(place: Place) -> None:
             assert "403 403" not in str(caught.value)
             assert "404 404" not in str(caught.value)
             assert "ErrorCode." not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["http", "s3", "gcs", "azure"], indirect=True)
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_attempt_is_told_once(
+    place: Place, apart: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and the last block fail side by side; hours apart they would be two problems."""
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "SAME_SECONDS", 0 if apart else 60)
+    uri = place.put("a.ckpt", as_bytes({"w": torch.arange(100_000)}))
+    assert place.server is not None
+    asked: Counter[tuple[str, str | None]] = Counter()
+
+    def twice(request: servers.Request) -> servers.Fault | None:
+        asked[request.method, request.range] += 1
+        return servers.Fault(status=503) if asked[request.method, request.range] < 3 else None
+
+    place.server.fault = twice
+    with caplog.at_level(logging.WARNING, "anemoi_ckpt"):
+        load(uri)
+    told = [record.getMessage().partition(" at ")[0] for record in caplog.records]
+    requests = len(asked) if apart else 1 + parse_uri(uri).asked_first  # for its version, alone
+    assert Counter(told) == {"attempt 1 of 6": requests, "attempt 2 of 6": requests}
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_a_network_file_system_that_loses_a_file_for_a_moment(
+    code: int,
+    where: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    path = tmp_path / "a.ckpt"
+    checkpoint = {"w": torch.arange(300_000)}
+    path.write_bytes(as_bytes(checkpoint))
+    left = [9]
+
+    def lost(*_: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+
+    kept_open, kept_read = _anemoi_ckpt.places.local._open_at_once, Buffers.readfrom
+    if where == "open":
+        monkeypatch.setattr(
+            _anemoi_ckpt.places.local, "_open_at_once", lambda *args: lost() or kept_open(*args)
+        )
+    else:
+        monkeypatch.setattr(Buffers, "readfrom", lambda *args: lost() or kept_read(*args))
+    with pytest.raises(UnreachableError, match="the file system did not answer") as caught:
+        load(path, retries=1)
+    assert os.strerror(code) in str(caught.value)
+    left[0] = 2
+    assert_same(load(path), checkpoint)
+    assert left == [0]
+    left[0] = 1
+    assert download(path, tmp_path / "b.ckpt").read_bytes() == path.read_bytes()

@@ -237,9 +237,65 @@ def test_what_is_removed_is_gone(place) -> None:
     place.put("run/last.ckpt", DATA)  # which the fixture removes
 
 
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_nothing_is_removed_from_a_bucket_that_is_not_there(place) -> None:
+    uri = place.put("a.ckpt", DATA)
+    scheme, _, rest = uri.partition("://")
+    if place.kind == "gcs":  # its emulator does not tell a bucket from an object
+        said = b'{"error": {"code": 404, "message": "The specified bucket does not exist."}}'
+        headers = {"Content-Type": "application/json"}
+        place.server.fault = lambda request: servers.Fault(status=404, body=said, headers=headers)
+    with pytest.raises(CheckpointNotFoundError, match="no such bucket or container"):
+        remove_object(f"{scheme}://no-such-bucket-here/{rest.partition('/')[2]}")
+    assert place.server.log
+
+
 def test_what_cannot_be_removed(tmp_path: Path, http_server: servers.HTTPServer) -> None:
     with pytest.raises((InvalidURIError, AccessDeniedError)):  # Linux and macOS differ
         remove_object(parse_uri(tmp_path))
     assert tmp_path.exists()
     with pytest.raises(InvalidURIError, match="nothing can be removed"):
         remove_object(parse_uri(http_server.put("a.ckpt", DATA)))
+
+
+# ── names that are like a wrong one ───────────────────────────────────────────────────────────
+
+READS = {
+    "load": load,
+    "peek": anemoi_ckpt.peek,
+    "download": anemoi_ckpt.download,
+    "cached": lambda uri: load(uri, cached=True),
+}
+
+
+@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
+@pytest.mark.parametrize("read", READS)
+def test_a_wrong_name_tells_those_that_are_like_it(place, read: str) -> None:
+    place.put("run/deep/lost.ckpt", DATA)
+    place.put("run/other.txt", DATA)
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        READS[read](f"{folder}/lasst.ckpt")
+    assert str(caught.value).endswith("; is it one of these: last.ckpt?")
+    with pytest.raises(CheckpointNotFoundError, match="check the name"):
+        READS[read](f"{folder}/xyz")
+
+
+@pytest.mark.parametrize("place", STORES, indirect=True)
+@pytest.mark.parametrize("status", [403, 503])
+def test_who_may_not_list_gets_no_names_and_no_other_error(place, status: int) -> None:
+    folder = folder_of(place.put("run/last.ckpt", DATA))
+    listings = []
+
+    def refuse(request: servers.Request) -> servers.Fault | None:
+        if "/run/" in request.path or "%2Frun%2F" in request.path:
+            return None
+        listings.append(request)
+        return servers.Fault(status=status)
+
+    place.server.fault = refuse
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        load(f"{folder}/lasst.ckpt")
+    assert str(caught.value).endswith("; check the name for typing errors")
+    assert not isinstance(caught.value.__context__, AccessDeniedError)
+    assert len(listings) == 1

@@ -12,6 +12,7 @@ import pickle
 import random
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -138,6 +139,7 @@ def test_every_key_comes_through_as_it_is(scheme: str, key: str) -> None:
         ("s3:///a", "names no bucket"),
         ("s3://bucket", "names no object"),
         ("gs://bucket/", "names no object"),
+        ("s3://bucket/a.ckpt?versionId=", "names no version; name it, or leave"),
         ("az://container/run/", "names a folder; add the name of the checkpoint"),
         ("https:///a", "the URL has no host"),
         ("https://[half/a", "no URL (Invalid IPv6 URL); check it"),
@@ -1164,16 +1166,88 @@ def test_credentials_of_azure(text, environment, url, credential, monkeypatch) -
     assert (type(client.credential).__name__ if client.credential else None) == credential
 
 
-def test_azure_identity_where_it_is_installed(monkeypatch) -> None:
+def test_azure_identity_where_it_is_installed(
+    monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exceptions = needs.package("azure.core.exceptions", "pip install azure-storage-blob")
+    logins = ["a token"]
+
     class Identity(ModuleType):
         class DefaultAzureCredential:
-            """As Azure's, with nothing in it."""
+            """As Azure's: where nobody is logged in, it raises."""
+
+            def get_token(self, scope: str) -> str:
+                assert scope == "https://storage.azure.com/.default"
+                if logins:
+                    return logins[0]
+                raise exceptions.ClientAuthenticationError("nobody is logged in; sig=hunter2")
 
     monkeypatch.setitem(sys.modules, "azure.identity", Identity("azure.identity"))
     credential = _anemoi_ckpt.places.azure.default_credential()
     assert isinstance(credential, Identity.DefaultAzureCredential)
+    uri = parse_uri("abfss://c@acc.dfs.core.windows.net/a.ckpt")
+    forget_clients(uri)
+    assert isinstance(
+        _anemoi_ckpt.places.azure.client_of(uri, None).credential, Identity.DefaultAzureCredential
+    )
+    logins.clear()
+    forget_clients(uri)
+    with caplog.at_level(logging.INFO, "anemoi_ckpt"):
+        assert _anemoi_ckpt.places.azure.client_of(uri, None).credential is None
+    assert "finds none: nobody is logged in; sig=***" in caplog.text
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     assert _anemoi_ckpt.places.azure.default_credential() is None
+
+
+def test_the_blobs_of_an_account_share_a_client(monkeypatch) -> None:
+    needs.package("azure.storage.blob", "pip install azure-storage-blob")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "acc")
+    client_of = _anemoi_ckpt.places.azure.client_of
+    one = client_of(parse_uri("az://c/a.ckpt"), None)
+    assert client_of(parse_uri("az://d/b.ckpt?versionid=3"), None) is one
+    signed = client_of(parse_uri("az://c/a.ckpt?sig=1"), None)
+    assert client_of(parse_uri("az://c/b.ckpt?sig=1"), None) is signed
+    assert len({one, signed, client_of(parse_uri("az://c/a.ckpt?sig=2"), None)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("CONNECTION_STRING", "hunter2", "AZURE_STORAGE_CONNECTION_STRING is no connection string"),
+        ("CONNECTION_STRING", "AccountName=a;AccountKey=hunter2!;BlobEndpoint=x", "no base64"),
+        ("KEY", "hunter2!", "the account's key is no base64"),
+    ],
+)
+def test_keys_of_azure_that_are_none_are_told_at_once(
+    name: str, value: str, said: str, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs.package("azure.storage.blob", "pip install azure-storage-blob")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "a")
+    monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    with caplog.at_level(logging.INFO), pytest.raises(AccessDeniedError, match=said) as caught:
+        load("az://c/a.ckpt")
+    told = "".join(traceback.format_exception(caught.value))
+    assert "hunter2" not in caplog.text + told
+    assert "attempt" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "ResourceNotFound", "or it may not be read without a login"),
+        (409, "PublicAccessNotPermitted", "access is denied"),
+    ],
+)
+def test_what_azure_says_without_a_login(
+    azure: servers.Store, status: int, code: str, said: str
+) -> None:
+    assert azure.server is not None
+    azure.write("a.ckpt", b"")
+    azure.server.fault = lambda request: servers.Fault(
+        status=status, headers={"x-ms-error-code": code}
+    )
+    with pytest.raises(AccessDeniedError, match=said):
+        load(azure.uri("a.ckpt"))
 
 
 def test_azure_without_an_account(monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """Anemoi's settings tell which endpoint and keys a bucket has, and show none of them."""
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import boto3
 import pytest
 import torch
 
+import needs
 import servers
 from _anemoi_ckpt.places.settings import StoreSettings, store_settings
-from anemoi_ckpt import CheckpointError, list_objects, load, save
+from anemoi_ckpt import CheckpointError, MissingPackageError, list_objects, load, save
 from checkpoints import as_bytes
 
 SECRET = "hunter2+Zm"
@@ -97,7 +99,7 @@ def test_the_order_of_settings(settings: Path, monkeypatch) -> None:
     ("text", "said"),
     [
         (f'[object-storage]\nsecret_access_key = "{SECRET}\n', r"no TOML \(at line 2"),
-        ("\xff", "no TOML"),
+        ("\xff", "is no text"),
         (f'object-storage = "{SECRET}"', "is no table"),
         (f'[object-storage]\nsecret_key = "{SECRET}"', "secret_key in .* is no setting"),
         ("[object-storage.b]\nregion = 3", "region in .* is of type int; give a str"),
@@ -120,6 +122,37 @@ def test_keys_that_others_can_read(settings: Path) -> None:
     write(settings, f"[object-storage]\n{KEYS}", 0o644)
     with pytest.raises(CheckpointError, match="chmod 600"):
         store_settings("b")
+
+
+def test_settings_of_yaml(settings: Path, monkeypatch) -> None:
+    """As anemoi-utils 0.5.14 reads them."""
+    yaml = settings.with_suffix(".yaml")
+    write(yaml, "datasets: {named: []}\n", 0o644)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "yaml", None)
+        assert store_settings("b") == StoreSettings()
+        write(yaml, "object-storage:\n  endpoint_url: http://a\n  region: r\n  'c*': {region: q}\n")
+        with pytest.raises(MissingPackageError, match="pip install pyyaml"):
+            store_settings("b")
+    needs.package("yaml", "pip install pyyaml")
+    assert store_settings("b") == StoreSettings("http://a", region="r")
+    assert store_settings("cc") == StoreSettings(region="q")
+    secrets = settings.with_suffix(".secrets.yaml")
+    keys = f"  access_key_id: AKIA\n  secret_access_key: {SECRET}\n"
+    write(secrets, f"object_storage:\n{keys}")
+    assert store_settings("b") == StoreSettings("http://a", "AKIA", SECRET, "r")
+    write(settings, '[object-storage]\nendpoint_url = "http://t"\n')  # instead of YAML's section
+    assert store_settings("b") == StoreSettings("http://t", "AKIA", SECRET)
+    secrets.chmod(0o644)
+    with pytest.raises(CheckpointError, match="chmod 600"):
+        store_settings("b")
+    for text, said in ((f"object-storage: {{a: {SECRET}", r"no YAML \(at line"), ("\0", "no YAML")):
+        write(secrets, text + " object-storage")
+        with pytest.raises(CheckpointError, match=said) as caught:
+            store_settings("b")
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    write(secrets, "- object-storage")
+    assert store_settings("b") == StoreSettings("http://t")
 
 
 @pytest.mark.parametrize("method", ["stat", "read_text"])

@@ -200,3 +200,14 @@ def test_a_lack_of_memory_is_no_fault_of_the_file(tmp_path: Path, monkeypatch) -
     with pytest.raises(MemoryError, match="full"):
         save({"a": Full()}, tmp_path / "c.ckpt")
     assert not (tmp_path / "c.ckpt").exists()
+
+
+def test_the_index_of_shards_as_an_open_file(tmp_path: Path) -> None:
+    index = b'{"metadata": {}, "weight_map": {"w": "model-1.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    (tmp_path / "model-1.safetensors").write_bytes(index)
+    with (tmp_path / "model.safetensors.index.json").open("rb") as file:
+        for stream in (file, io.BytesIO(index)):
+            for read in (load, peek):
+                with pytest.raises(InvalidURIError, match="give its path or its URL, and not the"):
+                    read(stream)

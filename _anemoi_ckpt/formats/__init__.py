@@ -65,7 +65,10 @@ def what_instead(start: bytes) -> tuple[str, str] | None:
     """Tell, from its first bytes, what came instead of a file, and what to do."""
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is an HTML or XML page", "is the URL that of the file, and not of its page?"
+        return (
+            "it is an HTML or XML page",
+            "is the URL that of the file, not of its page or of a login?",
+        )
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer", "run `git lfs pull`, or give the URL of the file"
     return None

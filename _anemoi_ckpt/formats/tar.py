@@ -18,6 +18,7 @@ import torch
 from _anemoi_ckpt.errors import NotACheckpointError
 from _anemoi_ckpt.formats import Archive, Names, Record, storage_id, unpickled, unreadable
 from _anemoi_ckpt.formats.legacy import Within, no_storage
+from _anemoi_ckpt.formats.others import what_tar
 from _anemoi_ckpt.pickles.reading import StorageOf, Trust, unpickle
 from _anemoi_ckpt.pickles.rebuilds import CHECKED, StorageView
 
@@ -51,11 +52,7 @@ def read_tar(place: object, file: BinaryIO, size: int) -> Archive:
     with unreadable(place, "its tar archive"):
         extents = _extents(file, size)
     if not extents.keys() >= _MEMBERS:
-        raise NotACheckpointError(
-            place,
-            "a tar archive, and not one of torch 0.1",
-            "extract it, and give the checkpoint that is in it",
-        )
+        raise NotACheckpointError(place, *what_tar(extents))
 
     def within(member: str) -> Any:
         file.seek(extents[member].start)

@@ -21,6 +21,7 @@ from torch.serialization import DEFAULT_PROTOCOL, _open_zipfile_writer, _save
 
 from _anemoi_ckpt.errors import CorruptError, NotACheckpointError
 from _anemoi_ckpt.formats import Archive, Record, check, unpickled
+from _anemoi_ckpt.formats.others import what_zip
 from _anemoi_ckpt.pickles.writing import pickling
 from _anemoi_ckpt.unpacking import refuse_bomb
 
@@ -180,9 +181,7 @@ def find_root(place: object, directory: zipfile.ZipFile) -> str:
     names = directory.NameToInfo
     roots = [found[1] for n in names if (found := re.fullmatch(r"((?:[^/]+/)?)data\.pkl", n))]
     if len(roots) != 1:
-        raise NotACheckpointError(
-            place, "a zip archive without one data.pkl in it", "give a file that torch.save wrote"
-        )
+        raise NotACheckpointError(place, *what_zip(names))
     return roots[0]
 
 

@@ -60,6 +60,7 @@ class URI:
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
     is_users: ClassVar[bool] = False  # whether the user's own code reads it
+    when_changed: ClassVar[str] = "load it again, once it is no longer written to"
     # which transport_params are read, and which others when it is written; None: nobody knows
     params: ClassVar[tuple[str, ...] | None] = None
     writer_params: ClassVar[tuple[str, ...]] = ()
@@ -387,6 +388,11 @@ class Version:
     name: str | None = field(default=None, eq=False)  # what a copy is to be called, if it tells
     codings: str = field(default="", eq=False)  # content codings that it is stored in, with commas
 
+    @property
+    def is_weak(self) -> bool:
+        """Whether two objects with this tag may differ in some bytes (RFC 9110 8.8.1)."""
+        return self.tag is None or self.tag.startswith("W/")
+
 
 class Buffers:
     """Writable buffers, filled one after the other as if they were one (as `os.preadv` does).
@@ -502,15 +508,19 @@ def pinned(uri: URI, version: Version, pin: Version | None) -> Version:
 
     Raises:
         ChangedError: it is another.
+        UnrangedError: nobody knows, because a tag is weak: the servers behind a load balancer give
+            weak tags of their own to one object. What comes in one answer belongs together.
     """
-    if pin is not None and version != pin:
-        raise ChangedError(
-            uri,
-            f"the object was replaced while it was read ({pin.tag or pin.size} is now "
-            f"{version.tag or version.size})",
-            "load it again, once it is no longer written to",
-        )
-    return version
+    if pin is None or version == pin:
+        return version
+    if version.size == pin.size and (version.is_weak or pin.is_weak):
+        raise UnrangedError
+    raise ChangedError(
+        uri,
+        f"the object was replaced while it was read ({pin.tag or pin.size} is now "
+        f"{version.tag or version.size})",
+        uri.when_changed,
+    )
 
 
 # ── version ───────────────────────────────────────────────────────────────────────────────────

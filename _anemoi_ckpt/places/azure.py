@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import re
 import urllib.parse
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from attrs import field, frozen
 
-from _anemoi_ckpt.errors import AccessDeniedError, InvalidURIError
+from _anemoi_ckpt.errors import AccessDeniedError, InvalidURIError, redact
 from _anemoi_ckpt.places import (
     LONG_PART_BYTES,
     URI,
@@ -39,7 +40,7 @@ from _anemoi_ckpt.places import (
     timeout_of,
     with_client,
 )
-from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.explained import explained, unless_missing
 from _anemoi_ckpt.places.responses import read_socket
 from _anemoi_ckpt.places.sessions import mounted
 from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
@@ -128,6 +129,9 @@ for _scheme in ("az", "azure", "abfs", "abfss", "wasb", "wasbs"):
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
 
+log = logging.getLogger("anemoi_ckpt")
+_SCOPE = "https://storage.azure.com/.default"  # of tokens for Azure Storage
+
 
 @forget_clients.register
 def forget_azure_clients(uri: AzureURI) -> None:  # noqa: ARG001 - all of them
@@ -142,13 +146,23 @@ def client_of(uri: AzureURI, params: Params) -> Any:
     if given:
         return given
     package = imported("azure.storage.blob", uri)
-    return _make_client(package, uri, timeout_of(params), environment("AZURE_"), os.getpid())
+    account = _Account(uri.account_url, uri.sas, uri)
+    return _make_client(package, account, timeout_of(params), environment("AZURE_"), os.getpid())
+
+
+@frozen
+class _Account:
+    """What a client is made for: all blobs that are reached in one way share it."""
+
+    url: str | None
+    sas: str | None = field(repr=False)
+    uri: AzureURI = field(eq=False)  # errors name it
 
 
 @functools.lru_cache(maxsize=8)
 def _make_client(
     package: ModuleType,
-    uri: AzureURI,
+    asked: _Account,
     timeout: float,
     variables: tuple[tuple[str, str], ...],
     _pid: int,
@@ -165,17 +179,21 @@ def _make_client(
     }
     connection = settings.get("AZURE_STORAGE_CONNECTION_STRING")
     account = settings.get("AZURE_STORAGE_ACCOUNT") or settings.get("AZURE_STORAGE_ACCOUNT_NAME")
-    name = uri.account_url and uri.account_url.split("://")[1].split(".")[0]
+    name = asked.url and asked.url.split("://")[1].split(".")[0]
     if connection and (not name or f"AccountName={name};" in f"{connection};"):
-        return package.BlobServiceClient.from_connection_string(connection, **options)
-    if not (uri.account_url or account):
-        raise AccessDeniedError(uri, "no storage account is named", uri.credentials)
-    url = uri.account_url or f"https://{account}.blob.core.windows.net"
+        try:
+            return package.BlobServiceClient.from_connection_string(connection, **options)
+        except ValueError as err:
+            problem = "AZURE_STORAGE_CONNECTION_STRING is no connection string"
+            raise AccessDeniedError(asked.uri, problem, "copy it anew from Azure's portal") from err
+    if not (asked.url or account):
+        raise AccessDeniedError(asked.uri, "no storage account is named", AzureURI.credentials)
+    url = asked.url or f"https://{account}.blob.core.windows.net"
     # credentials of the environment belong to the environment's account, and to no other
     known = is_azure_host(url.removeprefix("https://"))
     own = known and account and url.startswith(f"https://{account}.")
     key = settings.get("AZURE_STORAGE_KEY") or settings.get("AZURE_STORAGE_ACCOUNT_KEY")
-    credential = uri.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
+    credential = asked.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
     if known and not credential:
         credential = default_credential()
     return package.BlobServiceClient(url, credential, **options)
@@ -192,11 +210,20 @@ def _transport(timeout: float) -> Any:
 
 
 def default_credential() -> Any:
-    """Give azure-identity's default credential; None where that is not installed."""
+    """Give azure-identity's default credential.
+
+    None where that is not installed, or nobody is logged in: then a public container answers.
+    """
     try:
-        return importlib.import_module("azure.identity").DefaultAzureCredential()
+        credential = importlib.import_module("azure.identity").DefaultAzureCredential()
     except ImportError:
-        return None  # then only a public container answers
+        return None
+    try:
+        credential.get_token(_SCOPE)  # which it keeps
+    except importlib.import_module("azure.core.exceptions").ClientAuthenticationError as err:
+        log.info("read without a login, because azure-identity finds none: %s", redact(str(err)))
+        return None
+    return credential
 
 
 def _blob(uri: AzureURI, transport_params: Params) -> Any:
@@ -361,7 +388,5 @@ def open_azure_writer(uri: AzureURI, transport_params: Params = None) -> Writer:
 @remove_object.register
 def remove_azure(uri: AzureURI, transport_params: Params = None) -> None:
     """Remove with Delete Blob."""
-    with explained(uri):
-        blob = _blob(uri, transport_params)
-        with suppress(imported("azure.core.exceptions", uri).ResourceNotFoundError):
-            blob.delete_blob()
+    with unless_missing(uri):
+        _blob(uri, transport_params).delete_blob()

@@ -75,6 +75,17 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
         raise problem from without_secrets(err)
 
 
+@contextmanager
+def unless_missing(uri: URI) -> Iterator[None]:
+    """Do as `explained`, but for an object that is not there, in a bucket that is."""
+    try:
+        with explained(uri):
+            yield
+    except CheckpointNotFoundError as err:
+        if err.remedy != CHECK_NAME:
+            raise
+
+
 @frozen
 class _Complaint:
     """What a store's exception says."""
@@ -94,7 +105,18 @@ class _Complaint:
 def _is_denied(said: _Complaint) -> bool:
     name = type(said.err).__name__
     known = isinstance(said.err, PermissionError) or name in _NO_CREDENTIALS
-    return known or said.status in {401, 403} or said.code in _EXPIRED
+    codes = _EXPIRED | {"PublicAccessNotPermitted"}  # the second with 409, by Azure
+    return known or said.status in {401, 403} or said.code in codes
+
+
+def _has_no_key(said: _Complaint) -> bool:
+    """Tell whether Azure's SDK could not sign a request."""
+    return type(said.err).__name__ == "AzureSigningError"
+
+
+def _is_hidden(said: _Complaint) -> bool:
+    """Tell whether Azure was asked without a login, and says only then that nothing is there."""
+    return said.code == "ResourceNotFound"
 
 
 def _is_replaced(said: _Complaint) -> bool:
@@ -152,14 +174,21 @@ def _is_unreachable(said: _Complaint) -> bool:
     return (isinstance(err, OSError | EOFError) or package in _NETWORK) and not misused
 
 
+CHECK_NAME = "check the name for typing errors"
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
+    (
+        _has_no_key,
+        AccessDeniedError,
+        "the account's key is no base64, so nothing can be signed",
+        "copy it anew from Azure's portal",
+    ),
     (_is_denied, AccessDeniedError, "access is denied", ""),
     (
         _is_replaced,
         ChangedError,
         "the object was replaced or removed while it was read",
-        "load it again",
+        "",
     ),
     (
         _distrusts,
@@ -180,10 +209,16 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         "check its name, and the account or endpoint",
     ),
     (
+        _is_hidden,
+        AccessDeniedError,
+        "there is no such object, or it may not be read without a login",
+        "",
+    ),
+    (
         _is_missing,
         CheckpointNotFoundError,
         "there is no such object",
-        "check the name for typing errors",
+        CHECK_NAME,
     ),
     (_is_empty, NotACheckpointError, "the file is empty", "was its upload or download complete?"),
     (
@@ -202,7 +237,8 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
     said = _Complaint(err, status, code, was_seen=pin is not None)
     for applies, kind, problem, remedy in _RULES:
         if applies(said):
-            found = kind(uri, f"{problem} ({said})", remedy or uri.credentials)
+            own = uri.when_changed if kind is ChangedError else uri.credentials
+            found = kind(uri, f"{problem} ({said})", remedy or own)
             if isinstance(found, UnreachableError):
                 found.retry_after = _retry_after(err)
                 found.lasting = applies is not _is_unreachable

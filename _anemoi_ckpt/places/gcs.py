@@ -6,7 +6,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
@@ -37,7 +36,7 @@ from _anemoi_ckpt.places import (
     timeout_of,
     with_client,
 )
-from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.places.explained import explained, unless_missing
 from _anemoi_ckpt.places.responses import decoded, register_body
 from _anemoi_ckpt.places.sessions import mounted
 from _anemoi_ckpt.places.uploading import Upload, committed
@@ -304,7 +303,6 @@ def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
 @remove_object.register
 def remove_gcs(uri: GCSURI, transport_params: Params = None) -> None:
     """Remove with Objects: delete."""
-    with explained(uri):
+    with unless_missing(uri):
         blob = _blob(uri, transport_params)
-        with suppress(imported("google.api_core.exceptions", uri).NotFound):
-            blob.delete(timeout=timeout_of(transport_params), retry=None)
+        blob.delete(timeout=timeout_of(transport_params), retry=None)

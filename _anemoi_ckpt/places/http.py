@@ -54,6 +54,10 @@ class HTTPURI(URI):
         *("session", "headers", "user", "password", "cert", "kerberos"),
         "buffer_size",  # of smart-open's own reader
     )
+    when_changed: ClassVar[str] = (
+        f"{URI.when_changed}; if nobody writes to it, several servers answer for this name, and "
+        "give it different ETags: name one of them"
+    )
     credentials: ClassVar[str] = (
         "give credentials in ~/.netrc, in the URL, or as transport_params={'headers': …}; "
         "ask for a new one if the URL is a signed one that has expired"
@@ -108,13 +112,8 @@ def request(
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
     options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
-    if "authorization" in map(str.lower, sent):
-        options["auth"] = _unchanged  # otherwise requests would take what ~/.netrc has
-    if given.get("user") is not None or given.get("password") is not None:
-        options["auth"] = (given.get("user") or "", given.get("password") or "")
-    if given.get("kerberos"):
-        options["auth"] = imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()
     session = given.get("session") or _session(imported("requests", uri), os.getpid())
+    options["auth"] = _auth(uri, given, sent, session)
     return session.request(
         method, uri.url, timeout=timeout_of(params), allow_redirects=method == "GET", **options
     )
@@ -131,6 +130,49 @@ def _headers(uri: HTTPURI, params: Params) -> dict[str, str]:
     names = {name.lower() for name in given}
     known = {"Accept-Encoding": "identity", **uri.headers}  # ranges count the bytes that are stored
     return {**{k: v for k, v in known.items() if k.lower() not in names}, **given}
+
+
+def _auth(
+    uri: HTTPURI, given: Mapping[str, Any], sent: Mapping[str, str], session: Any
+) -> Callable[[Any], Any] | None:
+    """Give what authorizes a request; None where the session does that by itself, or nothing."""
+    if given.get("kerberos"):
+        return imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()  # type: ignore[no-any-return] # of another package
+    requests, pair = imported("requests", uri), (given.get("user"), given.get("password"))
+    if pair == (None, None):
+        if "authorization" in map(str.lower, sent):
+            return _unchanged  # otherwise requests would take what ~/.netrc has
+        if session.auth:
+            return None
+        known = requests.utils.get_netrc_auth(uri.url) if session.trust_env else None
+        pair = known or requests.utils.get_auth_from_url(uri.url)  # in the order of requests
+    if not any(pair):
+        return None
+    host = urllib.parse.urlsplit(uri.url).netloc.rpartition("@")[2]
+    return _basic_or_digest(requests, host, pair[0] or "", pair[1] or "", os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _basic_or_digest(
+    requests: ModuleType, host: str, user: str, password: str, _pid: int
+) -> Callable[[Any], Any]:
+    """Authorize requests to a host with basic authentication (RFC 7617), or digest (RFC 7616).
+
+    A server that wants the second says so when it gets the first; after that, it gets the second.
+    """
+    basic = requests.auth.HTTPBasicAuth(user, password)
+
+    class Auth(requests.auth.HTTPDigestAuth):  # type: ignore[misc, name-defined] # imported by the caller
+        def __call__(self, prepared: Any) -> Any:
+            prepared = super().__call__(prepared)
+            return prepared if "Authorization" in prepared.headers else basic(prepared)
+
+        def handle_401(self, response: Any, **options: Any) -> Any:
+            asked = urllib.parse.urlsplit(response.request.url).netloc.rpartition("@")[2]
+            # what it redirects to is nobody that the credentials are for
+            return super().handle_401(response, **options) if asked == host else response
+
+    return Auth(user, password)
 
 
 def _unchanged(prepared: Any) -> Any:
@@ -251,13 +293,19 @@ def read_http_range(
             raise NoSuffixError if offset < 0 else UnrangedError
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        version = Version(int(partial[3]), tag, _digests(response), _name(response))
+        size = int(partial[3])
+        version = Version(size, _tag(response), _digests(response), _name(response))
         pinned(uri, version, pin)
         if offset >= 0 and int(partial[1]) != offset:
             raise UnrangedError  # a range, but not the one that was asked for
         read_socket(response.raw, buffers)
     return version
+
+
+def _tag(response: Any) -> str | None:
+    """Read the ETag, or the date, which is as weak as a weak one (RFC 9110 8.8.2.2)."""
+    date = response.headers.get("Last-Modified")
+    return response.headers.get("ETag") or (date and f"W/{date}")
 
 
 def _name(response: Any) -> str | None:

@@ -46,7 +46,10 @@ def read_joined_range(
         version = read_range(part, start, buffers, version, transport_params)
     except UnrangedError as err:
         raise UnreachableError(
-            part, "the server gave one range of it, and then refused another", "try again"
+            part,
+            "the server gave one range of it, and then refused another, or gave a version of its"
+            " own",
+            part.when_changed,
         ) from err
     return Version(number * STRIDE_BYTES + version.size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -21,8 +22,9 @@ from _anemoi_ckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     InvalidURIError,
+    UnreachableError,
 )
-from _anemoi_ckpt.globs import similar
+from _anemoi_ckpt.globs import suggestion
 from _anemoi_ckpt.places import (
     LONGEST_NAME,
     URI,
@@ -95,17 +97,35 @@ def open_file(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # no
     """Open a file, unbuffered."""
     with explained(uri):
         stream = open(uri.path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - the caller's to close
-        mode = os.fstat(stream.fileno()).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             stream.close()
-            remedy = "store it in a file first, or give the open file: open(path, 'rb')"
-            raise InvalidURIError(uri, "this is a pipe or a device, not a file", remedy)
+            raise _no_file(uri)
         return stream
 
 
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file; of a pipe, do not wait for who writes into it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+_INTERRUPTIONS = {  # of network file systems, such as NFS: another attempt may go well
+    getattr(errno, name, None)
+    for name in ("EIO", "EREMOTEIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH")
+} - {None}
+
+
+def _explain_os_error(uri: LocalURI, err: OSError) -> CheckpointError:
+    if err.errno in {errno.ENXIO, errno.EOPNOTSUPP}:
+        return _no_file(uri)  # a socket: the second is what macOS says
+    if err.errno in _INTERRUPTIONS:
+        remedy = "check the disk, and its mount"
+        return UnreachableError(uri, f"the file system did not answer ({err.strerror})", remedy)
+    return CheckpointError(uri, f"{err.strerror or err}", "check the disk")
+
+
+def _no_file(uri: LocalURI) -> CheckpointError:
+    remedy = "store it in a file first, or give the open file: open(path, 'rb')"
+    return InvalidURIError(uri, "this is a pipe or a device, not a file", remedy)
 
 
 @explain.register
@@ -122,7 +142,7 @@ def explain_file_error(
     if isinstance(err, PermissionError):
         return AccessDeniedError(uri, "the file may not be read", uri.credentials)
     if isinstance(err, OSError):
-        return CheckpointError(uri, f"{err.strerror or err}", "check the disk")
+        return _explain_os_error(uri, err)
     return CheckpointError(uri, f"{type(err).__name__}: {err}", "check the path")  # a null in it
 
 
@@ -138,9 +158,8 @@ def _not_found(uri: LocalURI) -> CheckpointError:
         return CheckpointNotFoundError(
             uri, f"the directory {path.parent} does not exist", "check the path"
         )
-    names = [other.name for other in path.parent.iterdir()]
-    found = similar(path.name, names)
-    remedy = f"is it one of these: {', '.join(found)}?" if found else "check the name"
+    names = (other.name for other in path.parent.iterdir())
+    remedy = suggestion(path.name, names) or "check the name"
     kind = "folder" if uri.path.endswith("/") else "file"
     return CheckpointNotFoundError(uri, f"there is no such {kind}", remedy)
 

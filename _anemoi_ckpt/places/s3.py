@@ -98,9 +98,12 @@ def parse_s3(text: str) -> URI:
     """Parse ``s3://bucket/key[?versionId=…]``.
 
     Raises:
-        InvalidURIError: bucket or key is empty, or there are credentials in it.
+        InvalidURIError: bucket, key or version is empty, or there are credentials in it.
     """
-    rest, _, version = text.split("://", 1)[1].partition("?versionId=")
+    rest, mark, version = text.split("://", 1)[1].partition("?versionId=")
+    if mark and not version:
+        remedy = "name it, or leave ?versionId= out for the newest"
+        raise InvalidURIError(text, "names no version", remedy)
     if arn := _ARN.fullmatch(rest):
         return S3URI(text, arn[1], arn[2], version or None)
     if USERINFO.match(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib
 import os
 import tomllib
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 from attrs import field, fields, frozen
 
-from _anemoi_ckpt.errors import CheckpointError
+from _anemoi_ckpt.errors import CheckpointError, MissingPackageError
 
 _SECTION = "object-storage"
 _PREFIX = "ANEMOI_SETTINGS_OBJECT_STORAGE__"
 _OTHERS = frozenset({"type", "account_name", "account_key", "sas_token"})  # not of S3
+_TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})  # as pydantic reads a flag
 _SECRET = ("access_key_id", "secret_access_key", "account_name", "account_key", "sas_token")
 
 
@@ -46,16 +48,18 @@ def store_settings(bucket: str) -> StoreSettings:
     """Tell how to reach a bucket: by the one section whose glob it matches, else by all buckets'.
 
     As anemoi-utils has it: the environment comes before the file with secrets, and that before the
-    other; a bucket's own section stands alone.
+    other; a bucket's own section stands alone. Each file may be one of TOML or of YAML.
 
     Raises:
+        MissingPackageError: a file is of YAML, and PyYAML is not installed.
         CheckpointError: a file is no TOML, says something else than settings, or others can read
             the keys in it; or two globs match.
     """
     path = settings_path()
     merged: dict[str, Any] = {}
     for each in (path, path.with_suffix(".secrets.toml")):
-        for name, value in _section(each).items():
+        # anemoi-utils reads YAML, too; a section of the TOML file takes the place of YAML's
+        for name, value in (_section(each) or _section(each.with_suffix(".yaml"))).items():
             both = isinstance(value, dict) and isinstance(merged.get(name), dict)
             merged[name] = {**merged[name], **value} if both else value
     matching = [
@@ -86,7 +90,7 @@ def _of_environment() -> dict[str, Any]:
     for name, kind in _KINDS.items():
         value = os.environ.get(_PREFIX + name.upper())
         if value:
-            found[name] = value if kind is str else value.lower() in {"1", "true", "yes", "on"}
+            found[name] = value if kind is str else value.lower() in _TRUE
     return found
 
 
@@ -106,12 +110,12 @@ def _parsed(path: Path, _modified: int, _size: int, mode: int) -> dict[str, Any]
     """Read and check one file's section."""
     try:
         text = path.read_text("utf-8")
-        section = tomllib.loads(text).get(_SECTION, {})
     except OSError as err:
         raise _unreadable(path, err) from err
-    except ValueError as err:  # its text may show a line, with a key in it
-        where = f" ({err.args[0].rpartition('(')[2]}" if "(at " in str(err) else ""
-        raise CheckpointError(path, f"it is no TOML{where}", "correct it") from None
+    except ValueError:  # no UTF-8
+        raise CheckpointError(path, "it is no text", "correct it") from None
+    tree = _yaml(path, text) if path.suffix == ".yaml" else _toml(path, text)
+    section = tree.get(_SECTION, tree.get(_SECTION.replace("-", "_"), {}))
     if not isinstance(section, dict):
         raise CheckpointError(path, f"{_SECTION} is no table", f"write [{_SECTION}]")
     told = {name: value for name, value in section.items() if not isinstance(value, dict)}
@@ -124,6 +128,31 @@ def _parsed(path: Path, _modified: int, _size: int, mode: int) -> dict[str, Any]
         remedy = f"chmod 600 {path}"
         raise CheckpointError(path, "it has keys in it that other users could read", remedy)
     return result
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as err:  # its text may show a line, with a key in it
+        where = f" ({err.args[0].rpartition('(')[2]}" if "(at " in str(err) else ""
+        raise CheckpointError(path, f"it is no TOML{where}", "correct it") from None
+
+
+def _yaml(path: Path, text: str) -> dict[str, Any]:
+    if not any(name in text for name in (_SECTION, _SECTION.replace("-", "_"))):
+        return {}  # which needs no package to be told
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError as err:
+        problem, remedy = "to read it takes PyYAML, which is not installed", "pip install pyyaml"
+        raise MissingPackageError(path, problem, remedy) from err
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as err:  # likewise
+        mark = getattr(err, "problem_mark", None)
+        where = f" (at line {mark.line + 1})" if mark else ""
+        raise CheckpointError(path, f"it is no YAML{where}", "correct it") from None
+    return tree if isinstance(tree, dict) else {}
 
 
 def _unreadable(path: Path, err: OSError) -> CheckpointError:
