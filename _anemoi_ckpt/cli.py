@@ -22,7 +22,7 @@ import torch
 
 import anemoi_ckpt
 from _anemoi_ckpt.cache import CacheEntry, cache_entries, cache_folder, clear_cache
-from _anemoi_ckpt.errors import CheckpointError, redact
+from _anemoi_ckpt.errors import CheckpointError, harmless, redact
 from _anemoi_ckpt.pickles.inert import walk
 from _anemoi_ckpt.places import parse_uri
 from _anemoi_ckpt.places.local import LocalURI
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
     except (CheckpointError, OSError, ValueError, TypeError) as err:
-        lines = redact(str(err)).splitlines()
-        sys.stderr.write(f"anemoi-ckpt: {'; '.join(line.strip() for line in lines)}\n")
+        lines = (harmless(line.strip()) for line in redact(str(err)).splitlines())
+        sys.stderr.write(f"anemoi-ckpt: {'; '.join(lines)}\n")
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
