@@ -70,6 +70,7 @@ class Difference(Table):
     norms: Mapping[str, Norms]  # of the changed tensors, if values were asked for
     entries: Mapping[str, tuple[str, str]]  # what is no tensor: metadata, hyper-parameters, epoch
     bytes_moved: int
+    names: tuple[str, ...] = ()  # of all tensors, in the order of a, and then of b
 
     @property
     def same(self) -> bool:
@@ -107,7 +108,8 @@ class Difference(Table):
             **dict.fromkeys(self.undecided, "undecided"),
         }
         leaves = []
-        for name, told in fates.items():
+        for name in self.names:
+            told = fates[name]
             norms = self.norms.get(name)
             told_all = f"{told}: {_told_norms(norms)}" if norms else told
             relative = norms.relative if norms else 0.0
@@ -232,6 +234,7 @@ def compared(a: Side, b: Side, *, values: bool) -> Difference:
         norms=norms,
         entries={} if is_partial else _differing_entries(a.entries, b.entries),
         bytes_moved=a.bytes_moved() + b.bytes_moved(),
+        names=tuple(dict.fromkeys((*ours, *theirs))),
     )
 
 

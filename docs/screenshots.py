@@ -85,7 +85,7 @@ def main() -> None:
             "diff": (diff(before, after, weights, values=True), 470),
         }
         for name, (result, height) in views.items():
-            html = result._repr_html_().replace(folder, "s3://bucket/run")  # noqa: SLF001 - as a notebook asks
+            html = result._repr_html_().replace(folder, "s3://bucket/run")
             html = html.replace("<details>", "<details open>", 3)
             picture = IMAGES / f"{name}.png"
             drawn(page(html), f"--screenshot={picture}", f"--window-size=860,{height}")
