@@ -25,6 +25,7 @@ from _anemoi_ckpt.cache import download_to_cache
 from _anemoi_ckpt.downloading import Transfer
 from _anemoi_ckpt.errors import (
     CorruptError,
+    MismatchError,
     MissingPackageError,
     NotACheckpointError,
 )
@@ -115,7 +116,8 @@ def _opened_once(
     def at(uri: URI) -> URI:
         if not transport.cached:
             return uri
-        copy = download_to_cache(Transfer(uri, transport, progress, fresh=fresh))
+        sha256 = transport.sha256 if uri is place else None
+        copy = download_to_cache(Transfer(uri, transport, progress, sha256, fresh=fresh))
         return LocalURI(uri.text, str(copy))  # errors name the place as it was given
 
     first = at(place)
@@ -236,6 +238,12 @@ def _opened_shards(
     origin: Source, place: URI, index: BinaryIO, beside: Callable[[str], URI]
 ) -> Opened:
     """Open the files that an index names, as one."""
+    if origin.transport.sha256 is not None:
+        raise MismatchError(
+            place,
+            "it is the index of several files, and a sha256 pins one",
+            "load its shards by their own names, each with its sha256",
+        )
     weight_map = read_weight_map(place, index)
     shards = {
         name: evolve(origin, uri=beside(name), version=None)
