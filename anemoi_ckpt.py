@@ -102,6 +102,7 @@ from _anemoi_ckpt.steps import takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
 from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate, open_for_writing
+from _anemoi_ckpt.trees import Tree
 from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
@@ -133,6 +134,7 @@ __all__ = [
     "Plan",
     "Report",
     "StreamURI",
+    "Tree",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Verified",
@@ -341,7 +343,10 @@ def plan(  # noqa: PLR0913 - by keyword
     place = locate(uri, transport)
     hook = None if model is None else find_hook(model, strategies)
     terms = Terms(place.text, owned=True, hook=hook)
-    return previewed(opened(place, transport), strategies, may_run, model, terms)
+    look = functools.partial(
+        previewed, strategies=strategies, trust=may_run, model=model, terms=terms
+    )
+    return looked(place, transport, look)
 
 
 @takes_strategies
@@ -398,7 +403,8 @@ def diff(  # noqa: PLR0913 - by keyword
     def side(held: Any, place: URI) -> Side:
         if held is not None:
             return in_memory(held, type(held).__name__, strategies)
-        return stored(opened(locate(place, transport), transport), strategies, may_run)
+        look = functools.partial(stored, strategies=strategies, trust=may_run)
+        return looked(locate(place, transport), transport, look)
 
     one, other = (side(*each) for each in places)
     return compared(one, other, values=values)

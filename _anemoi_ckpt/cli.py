@@ -77,7 +77,7 @@ def _run(parsed: argparse.Namespace) -> _Answer:
 _EXAMPLES = {
     "ls": ("s3://bucket/run/", "'s3://bucket/**/epoch=*.ckpt' --json"),
     "latest": ("gs://bucket/run/", "'run/*/last.ckpt'"),
-    "peek": ("s3://bucket/run/last.ckpt", "https://host/model.safetensors --json"),
+    "peek": ("s3://bucket/run/last.ckpt --tree", "https://host/model.safetensors --json"),
     "plan": ("s3://bucket/run/last.ckpt --weights", "last.ckpt --include 'encoder.*'"),
     "diff": ("s3://bucket/a.ckpt s3://bucket/b.ckpt", "a.ckpt b.ckpt --include encoder --values"),
     "verify": ("s3://bucket/run/last.ckpt", "last.ckpt --values --json"),
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("pattern", metavar="URI")
     command = add("peek", _run_peek, "tell what is in a checkpoint")
     command.add_argument("uri", metavar="URI")
+    command.add_argument("--tree", action="store_true", help="the modules and what they take")
     command = add("plan", _run_plan, "tell what a load would move")
     command.add_argument("uri", metavar="URI")
     _add_strategies(command)
@@ -203,7 +204,8 @@ def _run_latest(parsed: argparse.Namespace) -> _Answer:
 
 
 def _run_peek(parsed: argparse.Namespace) -> _Answer:
-    return _shown(parsed, anemoi_ckpt.peek(parsed.uri, **_policy(parsed))), 0
+    found = anemoi_ckpt.peek(parsed.uri, **_policy(parsed))
+    return _shown(parsed, found.tree() if parsed.tree else found), 0
 
 
 def _run_plan(parsed: argparse.Namespace) -> _Answer:

@@ -138,18 +138,20 @@ def _opened_once(
 _T = TypeVar("_T")
 
 
-def looked(place: URI, transport: Transport, look: Callable[[Opened], _T]) -> _T:
+def looked(
+    place: URI, transport: Transport, look: Callable[[Opened], _T], progress: Progress = False
+) -> _T:
     """Open what a place holds, and look at it; once more if what came for that is damaged.
 
     Raises:
         CheckpointError: as `opened`, and as `look`.
     """
     try:
-        return look(opened(place, transport))
+        return look(opened(place, transport, progress))
     except CorruptError:
         if not can_differ(place, transport):
             raise
-    return look(opened(place, transport))
+    return look(opened(place, transport, progress))
 
 
 def opened_by_ranks(
