@@ -130,6 +130,7 @@ WITHOUT = [
     # HTTP and S3 tell whether Python and requests are borne; torch-2.2 has the SDKs' lowest bounds.
     *("azure", "gcs", "google"),
     CHROMIUM,
+    "distributed",  # Dask's workers are of an example, and know nothing of torch
     "mypy",  # what it says of a wheel is no matter of the Python or torch beneath
     "mlflow",  # a hundred packages for a client that knows nothing of torch
 ]
