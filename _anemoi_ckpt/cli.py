@@ -191,6 +191,14 @@ def _shown(parsed: argparse.Namespace, result: Any) -> str:
     return _as_json(result.as_dict()) if parsed.json else f"{result}\n"
 
 
+def _shown_place(parsed: argparse.Namespace, place: Any) -> str:
+    """Show a place: as it is to other programs, and harmless to a terminal."""
+    text = redact(str(place))
+    if parsed.json:
+        return _as_json(text)
+    return f"{harmless(text) if sys.stdout.isatty() else text}\n"
+
+
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -199,8 +207,7 @@ def _run_ls(parsed: argparse.Namespace) -> _Answer:
 
 
 def _run_latest(parsed: argparse.Namespace) -> _Answer:
-    uri = redact(str(anemoi_ckpt.latest(parsed.pattern, **_policy(parsed))))
-    return _as_json(uri) if parsed.json else f"{uri}\n", 0
+    return _shown_place(parsed, anemoi_ckpt.latest(parsed.pattern, **_policy(parsed))), 0
 
 
 def _run_peek(parsed: argparse.Namespace) -> _Answer:
@@ -247,8 +254,8 @@ def _run_copy(parsed: argparse.Namespace) -> _Answer:
             with target.open("rb") as written:
                 shutil.copyfileobj(written, sys.stdout.buffer)
             return "", 0
-        written_to = redact(str(_copy(parsed, source, parsed.to)))
-    return _as_json(written_to) if parsed.json else f"{written_to}\n", 0
+        written_to = _copy(parsed, source, parsed.to)
+    return _shown_place(parsed, written_to), 0
 
 
 def _copy(parsed: argparse.Namespace, source: str, target: str) -> Any:
@@ -299,8 +306,8 @@ def _run_cache(parsed: argparse.Namespace) -> _Answer:
         ]
         return _as_json(told), 0
     lines = [
-        f"{sized(entry.size):>8}  {entry.place}{_usable(entry)}"
-        + ("" if parsed.clear else f"\n{'':>8}  {entry.file or entry.folder}")
+        f"{sized(entry.size):>8}  {harmless(entry.place)}{_usable(entry)}"
+        + ("" if parsed.clear else f"\n{'':>8}  {harmless(str(entry.file or entry.folder))}")
         for entry in entries
     ]
     total = sized(sum(entry.size for entry in entries))

@@ -70,7 +70,7 @@ class Difference(Table):
     norms: Mapping[str, Norms]  # of the changed tensors, if values were asked for
     entries: Mapping[str, tuple[str, str]]  # what is no tensor: metadata, hyper-parameters, epoch
     bytes_moved: int
-    names: tuple[str, ...] = ()  # of all tensors, in the order of a, and then of b
+    names: tuple[str, ...] = ()  # of all tensors, first of the weights, in the order of a and b
 
     @property
     def same(self) -> bool:
@@ -234,7 +234,7 @@ def compared(a: Side, b: Side, *, values: bool) -> Difference:
         norms=norms,
         entries={} if is_partial else _differing_entries(a.entries, b.entries),
         bytes_moved=a.bytes_moved() + b.bytes_moved(),
-        names=tuple(dict.fromkeys((*ours, *theirs))),
+        names=tuple(dict.fromkeys((*a.weights, *b.weights, *ours, *theirs))),
     )
 
 

@@ -3,9 +3,9 @@
 pip install distributed && python examples/verify_run.py [FOLDER OR GLOB]
 
 The workers are threads here: most of the time they wait for a store, or compute checksums, and let
-other threads run meanwhile. What is sent to them and back can be pickled: give `Client` the address of a
-cluster instead, and its workers read from the store themselves. Without a folder, a run of six is
-made, one of which is damaged.
+other threads run meanwhile. What is sent to them and back can be pickled: give `Client` the address
+of a cluster instead, and its workers read from the store themselves. Without a folder, a run of six
+is made, one of which is damaged.
 """
 
 import sys

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +20,7 @@ import anemoi_ckpt
 import needs
 from _anemoi_ckpt.pictures import Branch, as_text, bounded, grown, joined
 from _anemoi_ckpt.tables import Table
-from anemoi_ckpt import CheckpointError, diff, find, load_into, main, peek, plan, save, verify
+from anemoi_ckpt import CheckpointError, diff, find, load, load_into, main, peek, plan, save, verify
 from strategies import weights
 
 ROOT = Path(anemoi_ckpt.__file__).parent
@@ -253,7 +254,9 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path) -> None:
             assert "\nforged" not in text
 
 
-def test_hostile_names_in_errors_and_in_a_shell(tmp_path: Path, capsys: Any) -> None:
+def test_hostile_names_in_errors_and_in_a_shell(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
     name = HOSTILE["terminal"].replace("\n", "")
     save({name: torch.ones(2)}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"\\x1b\[2J") as caught:
@@ -264,15 +267,26 @@ def test_hostile_names_in_errors_and_in_a_shell(tmp_path: Path, capsys: Any) -> 
         assert err.problem.replace("\n", "").isprintable()
     path = tmp_path / f"gone{name}.ckpt"
     assert main(["peek", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
     assert main(["peek", str(tmp_path / "a.ckpt")]) == 0
     assert main(["ls", str(tmp_path)]) == 0
+    odd = tmp_path / "odd\x1b[2J.ckpt"
+    odd.write_bytes((tmp_path / "a.ckpt").read_bytes())
+    assert main(["latest", f"{tmp_path}/odd*"]) == 0
+    assert capsys.readouterr().out.endswith(f"{odd}\n")  # a program gets the name as it is
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(["latest", f"{tmp_path}/odd*"]) == 0
+    monkeypatch.setenv("ANEMOI_CKPT_CACHE", str(tmp_path / "cache"))
+    load(odd, cached=True)
+    assert main(["cache"]) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("\n") == 1
     assert "".join((shown.out + shown.err).splitlines()).isprintable()
     inert = torch.nn.Linear(1, 1)
     inert.__dict__[name] = 1
     torch.save(inert, tmp_path / "module.pt")
-    assert repr(anemoi_ckpt.load(tmp_path / "module.pt")).isprintable()
+    assert repr(load(tmp_path / "module.pt")).isprintable()
 
 
 # ── chromium ──────────────────────────────────────────────────────────────────────────────────
