@@ -423,7 +423,8 @@ def verify(  # noqa: PLR0913 - by keyword
     """Read a checkpoint once, and tell whether it is what was written: nothing of it is kept.
 
     Every record is compared with its CRC-32, the object with the digest that its place keeps, and
-    the pickle with the directory. A record that came wrong is read once more. Memory stays below
+    the pickle with the directory. A record that came wrong is read once more; of a file that cannot
+    be opened, the digest alone is compared. Memory stays below
     200 MB, however large the object is, unless it is compressed or its server serves no ranges.
 
     Args:
