@@ -18,7 +18,6 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -103,6 +102,7 @@ from _anemoi_ckpt.steps import Step, takes_strategies
 from _anemoi_ckpt.trainers.anemoi import PlaceLoader, PlaceSource, make_callback
 from _anemoi_ckpt.trainers.lightning import make_checkpoint_io
 from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate, open_for_writing
+from _anemoi_ckpt.trees import Tree
 from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
@@ -134,6 +134,7 @@ __all__ = [
     "Plan",
     "Report",
     "StreamURI",
+    "Tree",
     "UnreachableError",
     "UnsafeCheckpointError",
     "Verified",
@@ -202,6 +203,7 @@ def load(  # noqa: PLR0913 - by keyword
     *strategies: Strategy,
     trust: bool | Sequence[Any] = False,
     cached: bool = False,
+    sha256: str | None = None,
     group: Any = None,
     retries: int = RETRIES,
     timeout: float | None = None,
@@ -226,6 +228,11 @@ def load(  # noqa: PLR0913 - by keyword
             and functions runs just these, and what they do with what they are given.
         cached: True downloads the file whole, once for this machine (see `download`), and loads
             from there: one request then tells that the object is still the same.
+        sha256: what the SHA-256 of the whole object must be, in hexadecimal digits. The object is
+            then moved whole, to a temporary file (a local one is read where it is), or with
+            `cached` to the cache, and nothing is given before all of it was checked. This
+            protects against a forged object; CRC-32s only tell damage. Not for an index of
+            shards; with `group`, only with `cached`.
         group: ranks (of `torch.distributed`) that all call this alike: each reads a share, and they
             give it to each other, so that the store sends each byte once. What one of them
             meets, all raise. None is this process alone.
@@ -252,7 +259,7 @@ def load(  # noqa: PLR0913 - by keyword
     >>> load(path, lambda checkpoint: checkpoint["state_dict"])
     {'w': tensor([1., 1.])}
     """
-    transport = Transport(transport_params, retries, timeout, cached, group)
+    transport = Transport(transport_params, retries, timeout, cached, group, sha256)
     check = functools.partial(checked, "load", uri, strategies, trust)
     return loaded(uri, strategies, check, transport, progress).result
 
@@ -336,7 +343,10 @@ def plan(  # noqa: PLR0913 - by keyword
     place = locate(uri, transport)
     hook = None if model is None else find_hook(model, strategies)
     terms = Terms(place.text, owned=True, hook=hook)
-    return previewed(opened(place, transport), strategies, may_run, model, terms)
+    look = functools.partial(
+        previewed, strategies=strategies, trust=may_run, model=model, terms=terms
+    )
+    return looked(place, transport, look)
 
 
 @takes_strategies
@@ -393,7 +403,8 @@ def diff(  # noqa: PLR0913 - by keyword
     def side(held: Any, place: URI) -> Side:
         if held is not None:
             return in_memory(held, type(held).__name__, strategies)
-        return stored(opened(locate(place, transport), transport), strategies, may_run)
+        look = functools.partial(stored, strategies=strategies, trust=may_run)
+        return looked(locate(place, transport), transport, look)
 
     one, other = (side(*each) for each in places)
     return compared(one, other, values=values)
@@ -412,7 +423,8 @@ def verify(  # noqa: PLR0913 - by keyword
     """Read a checkpoint once, and tell whether it is what was written: nothing of it is kept.
 
     Every record is compared with its CRC-32, the object with the digest that its place keeps, and
-    the pickle with the directory. A record that came wrong is read once more. Memory stays below
+    the pickle with the directory. A record that came wrong is read once more; of a file that cannot
+    be opened, the digest alone is compared. Memory stays below
     200 MB, however large the object is, unless it is compressed or its server serves no ranges.
 
     Args:
@@ -664,8 +676,6 @@ def download(  # noqa: PLR0913 - by keyword
             f"to is a file or folder of this machine, not {redact(target.text)!r}:"
             " save(load(uri), to) and `anemoi-ckpt copy` write elsewhere"
         )
-    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise ValueError(f"sha256 is 64 hexadecimal digits, not {sha256!r}")
     transport = Transport(transport_params, retries, timeout, group=group)
     path = target.path if target else None
     return _download(path, Transfer(parse_place(uri), transport, progress, sha256, resume))
@@ -1038,6 +1048,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     scheduler: Any = None,
     trust: bool | Sequence[Any] = False,
     cached: bool = False,
+    sha256: str | None = None,
     group: Any = None,
     retries: int = RETRIES,
     timeout: float | None = None,
@@ -1067,6 +1078,7 @@ def load_into(  # noqa: PLR0913 - by keyword
         scheduler: likewise.
         trust: as for `load`.
         cached: as for `load`.
+        sha256: as for `load`; of a place alone.
         group: as for `load`.
         retries: as for `load`.
         timeout: as for `load`.
@@ -1102,7 +1114,9 @@ def load_into(  # noqa: PLR0913 - by keyword
     terms = Terms(place.text, strict, require, owned=held is None, hook=hook)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
-    transport = Transport(transport_params, retries, timeout, cached, group)
+    transport = Transport(transport_params, retries, timeout, cached, group, sha256)
+    if held is not None and sha256 is not None:
+        raise ValueError(f"sha256 is that of a file, and the checkpoint is {_IN_MEMORY}")
     if held is None:
         found = loaded(place, steps, check, transport, progress)
     else:

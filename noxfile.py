@@ -22,9 +22,14 @@ ROOT = Path(__file__).parent
 CI = os.environ.get("CI") == "true"
 
 
+CHROMIUM = "chromium"  # whose install takes a minute, for one test; where it is, that runs
+
+
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """Run the tests that were chosen behind `--`, or all."""
     session.run("python", "-c", SAY_VERSIONS)
+    without = session.env.get("ANEMOI_CKPT_TESTS_WITHOUT", "")
+    session.env["ANEMOI_CKPT_TESTS_WITHOUT"] = f"{without},{CHROMIUM}"
     session.run("pytest", *arguments, *session.posargs)
 
 
@@ -124,6 +129,8 @@ WITHOUT = [
     "anemoi",  # anemoi-models wants some dozens of packages, and another torch
     # HTTP and S3 tell whether Python and requests are borne; torch-2.2 has the SDKs' lowest bounds.
     *("azure", "gcs", "google", "node"),
+    CHROMIUM,
+    "distributed",  # Dask's workers are of an example, and know nothing of torch
     "mypy",  # what it says of a wheel is no matter of the Python or torch beneath
     "mlflow",  # a hundred packages for a client that knows nothing of torch
 ]

@@ -8,7 +8,10 @@ standard library alone, since `strategies` stands on it.
 - ``differing``, ``previewing``, ``verifying``, ``finding``: how two checkpoints differ, what a load
   would move, whether an object is whole, and which there are.
 - ``report``, ``contents``: what a load did, and what a checkpoint holds, as users read it.
+- ``provenance``: what a checkpoint tells of how it was made.
+- ``trees``, ``pictures``: modules and what they take; trees and bars, as text and HTML.
 - ``loading``: the loop that turns a place and strategies into a checkpoint.
+- ``pinning``: a checkpoint that must have a SHA-256.
 - ``saving``, ``metadata``, ``editing``: a checkpoint → a place; what Anemoi writes into its
   checkpoints; one record of an archive, without the others.
 - ``planning``: an open checkpoint and strategies → their result, and the records it still needs.

@@ -25,7 +25,7 @@ from _anemoi_ckpt.downloading import (
     locked,
     pinned_version,
 )
-from _anemoi_ckpt.errors import UnreachableError, redact
+from _anemoi_ckpt.errors import UnreachableError, harmless, redact
 from _anemoi_ckpt.places import URI, check_params, environment
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
@@ -75,7 +75,8 @@ def download_to_cache(transfer: Transfer) -> Path:
     Offline, a copy that is there serves, and the place is not asked at all.
     """
     if is_offline() and not transfer.fresh and (copy := _copy(transfer)):
-        log.warning("%s: offline, so the copy in the cache serves, unasked", transfer.place)
+        place = harmless(redact(str(transfer.place)))
+        log.warning("%s: offline, so the copy in the cache serves, unasked", place)
         return copy
     with _advised(transfer):
         return _download_to_cache(transfer)

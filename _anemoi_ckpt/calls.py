@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -146,6 +147,10 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 _BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "require": (lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     "retries": (lambda value: value >= 0, "0 or more"),
+    "sha256": (
+        lambda value: value is None or re.fullmatch("[0-9a-fA-F]{64}", value) is not None,
+        "64 hexadecimal digits",
+    ),
     "timeout": (lambda value: value is None or value > 0, "more than 0 seconds"),
 }
 

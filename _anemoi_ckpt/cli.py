@@ -22,7 +22,7 @@ import torch
 
 import anemoi_ckpt
 from _anemoi_ckpt.cache import CacheEntry, cache_entries, cache_folder, clear_cache
-from _anemoi_ckpt.errors import CheckpointError, redact
+from _anemoi_ckpt.errors import CheckpointError, harmless, redact
 from _anemoi_ckpt.pickles.inert import walk
 from _anemoi_ckpt.places import parse_uri
 from _anemoi_ckpt.places.local import LocalURI
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
     except (CheckpointError, OSError, ValueError, TypeError) as err:
-        lines = redact(str(err)).splitlines()
-        sys.stderr.write(f"anemoi-ckpt: {'; '.join(line.strip() for line in lines)}\n")
+        lines = (harmless(line.strip()) for line in redact(str(err)).splitlines())
+        sys.stderr.write(f"anemoi-ckpt: {'; '.join(lines)}\n")
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -77,7 +77,7 @@ def _run(parsed: argparse.Namespace) -> _Answer:
 _EXAMPLES = {
     "ls": ("s3://bucket/run/", "'s3://bucket/**/epoch=*.ckpt' --json"),
     "latest": ("gs://bucket/run/", "'run/*/last.ckpt'"),
-    "peek": ("s3://bucket/run/last.ckpt", "https://host/model.safetensors --json"),
+    "peek": ("s3://bucket/run/last.ckpt --tree", "https://host/model.safetensors --json"),
     "plan": ("s3://bucket/run/last.ckpt --weights", "last.ckpt --include 'encoder.*'"),
     "diff": ("s3://bucket/a.ckpt s3://bucket/b.ckpt", "a.ckpt b.ckpt --include encoder --values"),
     "verify": ("s3://bucket/run/last.ckpt", "last.ckpt --values --json"),
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("pattern", metavar="URI")
     command = add("peek", _run_peek, "tell what is in a checkpoint")
     command.add_argument("uri", metavar="URI")
+    command.add_argument("--tree", action="store_true", help="the modules and what they take")
     command = add("plan", _run_plan, "tell what a load would move")
     command.add_argument("uri", metavar="URI")
     _add_strategies(command)
@@ -190,6 +191,14 @@ def _shown(parsed: argparse.Namespace, result: Any) -> str:
     return _as_json(result.as_dict()) if parsed.json else f"{result}\n"
 
 
+def _shown_place(parsed: argparse.Namespace, place: Any) -> str:
+    """Show a place: as it is to other programs, and harmless to a terminal."""
+    text = redact(str(place))
+    if parsed.json:
+        return _as_json(text)
+    return f"{harmless(text) if sys.stdout.isatty() else text}\n"
+
+
 # ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -198,12 +207,12 @@ def _run_ls(parsed: argparse.Namespace) -> _Answer:
 
 
 def _run_latest(parsed: argparse.Namespace) -> _Answer:
-    uri = redact(str(anemoi_ckpt.latest(parsed.pattern, **_policy(parsed))))
-    return _as_json(uri) if parsed.json else f"{uri}\n", 0
+    return _shown_place(parsed, anemoi_ckpt.latest(parsed.pattern, **_policy(parsed))), 0
 
 
 def _run_peek(parsed: argparse.Namespace) -> _Answer:
-    return _shown(parsed, anemoi_ckpt.peek(parsed.uri, **_policy(parsed))), 0
+    found = anemoi_ckpt.peek(parsed.uri, **_policy(parsed))
+    return _shown(parsed, found.tree() if parsed.tree else found), 0
 
 
 def _run_plan(parsed: argparse.Namespace) -> _Answer:
@@ -245,8 +254,8 @@ def _run_copy(parsed: argparse.Namespace) -> _Answer:
             with target.open("rb") as written:
                 shutil.copyfileobj(written, sys.stdout.buffer)
             return "", 0
-        written_to = redact(str(_copy(parsed, source, parsed.to)))
-    return _as_json(written_to) if parsed.json else f"{written_to}\n", 0
+        written_to = _copy(parsed, source, parsed.to)
+    return _shown_place(parsed, written_to), 0
 
 
 def _copy(parsed: argparse.Namespace, source: str, target: str) -> Any:
@@ -297,8 +306,8 @@ def _run_cache(parsed: argparse.Namespace) -> _Answer:
         ]
         return _as_json(told), 0
     lines = [
-        f"{sized(entry.size):>8}  {entry.place}{_usable(entry)}"
-        + ("" if parsed.clear else f"\n{'':>8}  {entry.file or entry.folder}")
+        f"{sized(entry.size):>8}  {harmless(entry.place)}{_usable(entry)}"
+        + ("" if parsed.clear else f"\n{'':>8}  {harmless(str(entry.file or entry.folder))}")
         for entry in entries
     ]
     total = sized(sum(entry.size for entry in entries))

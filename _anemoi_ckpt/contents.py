@@ -1,15 +1,18 @@
-"""What `peek` gives: the contents of a checkpoint, read from the hollow one."""
+"""What `peek` gives: the contents of a checkpoint, read from the hollow one.
+
+show · look
+"""
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from _anemoi_ckpt.anatomy import OPTIMIZER, WEIGHTS, is_module, path_to_weights, values_of
+from _anemoi_ckpt.describing import metadata_of, variables_in
 from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, unreadable
 from _anemoi_ckpt.hollow import HollowError, Ledger, build
@@ -18,21 +21,15 @@ from _anemoi_ckpt.migrating import missing
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.inert import Inert, walk
 from _anemoi_ckpt.pickles.safe import BLANK
-from _anemoi_ckpt.tables import Table, folded, plain, plain_fields, section, sized
+from _anemoi_ckpt.pictures import as_tree, page
+from _anemoi_ckpt.provenance import averages_of, optimizers_of, writers_of
+from _anemoi_ckpt.tables import Table, as_html, folded, section, sized
+from _anemoi_ckpt.tensors import is_strided
+from _anemoi_ckpt.trees import TensorInfo, Tree, branch_of, tree_of
 
+# ── show ──────────────────────────────────────────────────────────────────────────────────────
 
-@frozen
-class TensorInfo:
-    """One tensor of a checkpoint."""
-
-    key: str  # what it stands under at the top of the checkpoint; "" where that is a tensor itself
-    name: str  # beneath that: of a state dict, the parameter's or buffer's
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    bytes: int  # of its values; tied ones share them
-
-
-plain.register(TensorInfo, plain_fields)
+_VARIABLES = 8  # of a dataset, in a table
 
 
 @frozen(repr=False, eq=False)
@@ -55,15 +52,33 @@ class Contents(Table):
     bytes_moved: int
     parts: Mapping[str, str] = field(factory=dict)  # top-level key: "weights" or "optimizer"
     migrations: tuple[str, ...] = ()  # of the installed anemoi-models, which it has not had
+    # values of the weights, of tied ones once; with buffers: a state dict does not tell them apart
+    parameters: int = 0
+    # "torch", "lightning", "anemoi.models", …: the version of each that wrote it, if that is told
+    writers: Mapping[str, str] = field(factory=dict)
+    optimizers: tuple[str, ...] = ()  # names and learning rates, as their parameter groups tell
+    averages: tuple[str, ...] = ()  # where averaged weights are, as paths of keys
+    variables: Mapping[str, Mapping[str, str]] = field(
+        factory=dict
+    )  # Anemoi's: dataset: name: unit
+
+    def tree(self) -> Tree:
+        """Arrange the tensors by module, and sum up what they take; nothing more is moved."""
+        return tree_of(self.tensors)
 
     def _label(self, key: str) -> str:
         """Give the weights and the optimizer one name, whichever keys they are under."""
         return self.parts.get(key, key)
 
     def _rows(self) -> list[tuple[str, str]]:
+        names = [tensor.name for tensor in self.tensors if self._label(tensor.key) == "weights"]
+        names = names or [tensor.name for tensor in self.tensors]
+        facts = {tensor.name: tensor for tensor in reversed(self.tensors)}
+        lines = [f"{name}  {_described(facts, name)}" for name in folded(names)]
+        return self._facts(section(f"tensors {len(self.tensors)}", lines))
+
+    def _facts(self, tensors: list[tuple[str, str]]) -> list[tuple[str, str]]:
         inert = [name for name, is_inert in self.classes.items() if is_inert]
-        writers = [f"torch {self.torch}"] * bool(self.torch)
-        writers += [f"lightning {self.lightning}"] * bool(self.lightning)
         at = {"epoch": self.epoch, "step": self.global_step}
         sizes: dict[str, int] = {}
         for key, size in self.keys.items():
@@ -71,24 +86,39 @@ class Contents(Table):
             sizes[label] = sizes.get(label, 0) + size
         small = ", ".join(key for key, size in sizes.items() if not size)
         shown = [f"{key} {sized(size)}".lstrip() for key, size in sizes.items() if size]
-        names = [tensor.name for tensor in self.tensors if self._label(tensor.key) == "weights"]
-        names = names or [tensor.name for tensor in self.tensors]
-        facts = {tensor.name: tensor for tensor in reversed(self.tensors)}
-        lines = [f"{name}  {_described(facts, name)}" for name in folded(names)]
         rows = [
             ("checkpoint", self.place),
             ("format", f"{self.format}, {sized(self.bytes)}, {_checks(self.checked)}"),
-            ("written by", " · ".join(writers)),
+            ("written by", " · ".join(f"{name} {v}" for name, v in self.writers.items())),
             ("at", " · ".join(f"{what} {n}" for what, n in at.items() if n is not None)),
             ("holds", " · ".join(shown)),
             ("and", small),
-            *section(f"tensors {len(self.tensors)}", lines),
+            ("parameters", f"{self.parameters:,}" if self.parameters else ""),
+            ("optimizer", " · ".join(self.optimizers)),
+            ("averages", ", ".join(self.averages)),
+            *tensors,
             *section(f"classes {len(self.classes)}", [f"{len(inert)} inert", *inert]),
             ("anemoi", _summary(self.metadata)),
+            *_told_variables(self.variables),
             *section(f"migrations missing {len(self.migrations)}", list(self.migrations)),
             ("says", " · ".join(f"{key} {value}" for key, value in self.notes.items())),
         ]
         return [(heading, line) for heading, line in rows if line and line != "0 inert"]
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook, and the tensors as a tree that unfolds."""
+        facts = self._facts([("tensors", f"{len(self.tensors)}")])
+        return page(as_html(facts), as_tree(branch_of(self.tree())))
+
+
+def _told_variables(variables: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Give a row for each dataset, of variables and their units."""
+    lines = []
+    for dataset, units in variables.items():
+        told = [f"{name} ({unit})" if unit else name for name, unit in units.items()]
+        more = f", … and {len(told) - _VARIABLES} more" if len(told) > _VARIABLES else ""
+        lines.append(f"{dataset}: {len(told)}: {', '.join(told[:_VARIABLES])}{more}")
+    return section("variables", lines) if lines else []
 
 
 def _checks(checked: bool) -> str:
@@ -97,10 +127,7 @@ def _checks(checked: bool) -> str:
 
 def _described(facts: Mapping[str, TensorInfo], name: str) -> str:
     """Describe shape, dtype and size of a tensor; a folded name has none in common."""
-    tensor = facts.get(name)
-    if tensor is None:
-        return ""
-    return f"{tensor.shape} {str(tensor.dtype).removeprefix('torch.')} {sized(tensor.bytes)}"
+    return facts[name].described if name in facts else ""
 
 
 def _summary(metadata: Mapping[str, Any] | None) -> str:
@@ -109,6 +136,9 @@ def _summary(metadata: Mapping[str, Any] | None) -> str:
     arrays = metadata.get("supporting_arrays_paths") or {}
     version, run = metadata.get("version", "unknown"), metadata.get("run_id", "unknown")
     return f"metadata version {version}, run {run}, {len(arrays)} supporting arrays"
+
+
+# ── look ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @frozen
@@ -143,10 +173,18 @@ def hollow_of(archive: Archive) -> Hollow:
 
 def infos_of(hollow: Hollow) -> tuple[TensorInfo, ...]:
     """Describe the tensors of a checkpoint."""
-    return tuple(
-        TensorInfo(key, name, tuple(t.shape), t.dtype, t.numel() * t.element_size())
-        for (key, name), t in hollow.tensors.items()
-    )
+    first: dict[Any, str] = {}  # of the tensors at one place of a record
+    infos = []
+    for (key, name), tensor in hollow.tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        info = TensorInfo(key, name, tuple(tensor.shape), tensor.dtype, size)
+        records = hollow.records[key, name]
+        if size and records and is_strided(tensor):
+            same = records, tensor.storage_offset(), size
+            info = evolve(info, tied=first.get(same, ""))
+            first.setdefault(same, info.path)
+        infos.append(info)
+    return tuple(infos)
 
 
 def look_into(opened: Opened) -> Contents:
@@ -165,23 +203,43 @@ def look_into(opened: Opened) -> Contents:
         keys[key] += sum(archive.records[record].size for record in records - counted)
         counted |= records
     metadata = find_metadata(archive)
+    noted = metadata or metadata_of(top)
+    writers = writers_of(archive, top, noted)
+    tensors = infos_of(hollow)
+    path = path_to_weights(top) or ()
     return Contents(
         place=redact(str(archive.place)),
         format=archive.format,
         bytes=opened.bytes_stored,
         checked=any(record.crc is not None for record in archive.records.values()),
-        torch=_torch_version(archive, metadata or {}),
-        lightning=_scalar(top, "pytorch-lightning_version", str),
+        torch=writers.get("torch"),
+        lightning=writers.get("lightning"),
         epoch=_scalar(top, "epoch", int),
         global_step=_scalar(top, "global_step", int),
         keys=keys,
-        tensors=infos_of(hollow),
+        tensors=tensors,
         classes=dict(sorted(hollow.names.items())),
         metadata=metadata,
         notes={name: text for name, text in archive.notes.items() if name != NOTE},
         bytes_moved=opened.bytes_moved,
         parts=_parts_of(top),
         migrations=missing(top),
+        parameters=_count_parameters(tensors, ".".join(path)),
+        writers=writers,
+        optimizers=tuple(optimizers_of(top)),
+        averages=tuple(averages_of(top)),
+        variables=variables_in(noted),
+    )
+
+
+def _count_parameters(tensors: Iterable[TensorInfo], path: str) -> int:
+    """Count the values of the tensors of a state dict, those that are numbers of floating point."""
+    return sum(
+        each.bytes // each.dtype.itemsize
+        for each in tensors
+        if (each.path.startswith(f"{path}.") if path else not (each.key and each.name))
+        and not each.tied
+        and (each.dtype.is_floating_point or each.dtype.is_complex)
     )
 
 
@@ -211,24 +269,3 @@ def _tensors(top: Mapping[Any, Any]) -> dict[tuple[str, str], torch.Tensor]:
 def _scalar(top: Mapping[Any, Any], key: str, kind: type) -> Any:
     value = top.get(key)
     return value if type(value) is kind else None
-
-
-def _torch_version(archive: Archive, metadata: Mapping[str, Any]) -> str | None:
-    """Tell which torch wrote an archive: PyTorch's serialization note says which brought what."""
-    provenance = metadata.get("provenance_training")
-    modules = provenance.get("module_versions") if isinstance(provenance, dict) else None
-    known = modules.get("torch") if isinstance(modules, dict) else None
-    # anemoi-utils 0.5 notes {"version": …}
-    known = known.get("version") if isinstance(known, dict) else known
-    members = {posixpath.basename(name) for name in archive.members}
-    if known:
-        return str(known)
-    if archive.format == "torch legacy":
-        return "before 1.6, or in its format"
-    if archive.format == "torch 0.1 tar":
-        return "0.1"
-    if ".format_version" in members:
-        return "2.7 or later"
-    if "byteorder" in members:
-        return "2.1 or later"
-    return "1.6 or later" if members else None

@@ -57,13 +57,30 @@ def read_units(checkpoint: Any) -> dict[str, dict[str, str]]:
     >>> read_units({"hyper_parameters": known})
     {'data': {'tp': 'm'}}
     """
-    units: dict[str, dict[str, str]] = {}
-    for dataset, entry in _by_dataset(metadata_of(checkpoint).get("dataset")).items():
-        facts = entry.get("variables_metadata")
-        facts = facts if isinstance(facts, Mapping) else {}
-        known = {name: each["units"] for name, each in facts.items() if _has_units(each)}
-        units |= {dataset: known} if known else {}
-    return units
+    entries = _by_dataset(metadata_of(checkpoint).get("dataset"))
+    units = {dataset: _units_in(entry) for dataset, entry in entries.items()}
+    return {dataset: known for dataset, known in units.items() if known}
+
+
+def _units_in(entry: Mapping[str, Any]) -> dict[str, str]:
+    facts = entry.get("variables_metadata")
+    facts = facts if isinstance(facts, Mapping) else {}
+    return {name: each["units"] for name, each in facts.items() if _has_units(each)}
+
+
+def variables_in(metadata: Any) -> dict[str, dict[str, str]]:
+    """Give the variables of each dataset that metadata describe, in their order, with their units.
+
+    >>> variables_in({"dataset": {"variables": ["tp"], "variables_metadata": {}}})
+    {'data': {'tp': ''}}
+    """
+    entries = _by_dataset(metadata.get("dataset")) if isinstance(metadata, Mapping) else {}
+    found = {}
+    for dataset, entry in entries.items():
+        names, units = entry.get("variables"), _units_in(entry)
+        listed = names if isinstance(names, list | tuple) else ()
+        found[dataset] = {str(name): units.get(name, "") for name in listed}
+    return {dataset: named for dataset, named in found.items() if named}
 
 
 def _has_units(facts: Any) -> bool:

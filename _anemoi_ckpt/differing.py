@@ -9,12 +9,13 @@ compare · sides · values
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch.multiprocessing.reductions import StorageWeakRef
 from zlib_ng import zlib_ng
 
@@ -26,8 +27,9 @@ from _anemoi_ckpt.metadata import find_metadata
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.inert import walk
 from _anemoi_ckpt.pickles.reading import Trust
+from _anemoi_ckpt.pictures import Branch, as_text, as_tree, captioned, grown, joined, page
 from _anemoi_ckpt.planning import Strategy, applied, planned, random_states
-from _anemoi_ckpt.tables import Table, folded, plain, plain_fields, section, sized
+from _anemoi_ckpt.tables import Table, as_html, folded, plain, plain_fields, section, sized
 from _anemoi_ckpt.tensors import is_strided
 
 BATCH_BYTES = 256 * 1024**2  # of values that are compared at once
@@ -68,6 +70,7 @@ class Difference(Table):
     norms: Mapping[str, Norms]  # of the changed tensors, if values were asked for
     entries: Mapping[str, tuple[str, str]]  # what is no tensor: metadata, hyper-parameters, epoch
     bytes_moved: int
+    names: tuple[str, ...] = ()  # of all tensors, first of the weights, in the order of a and b
 
     @property
     def same(self) -> bool:
@@ -86,6 +89,50 @@ class Difference(Table):
         return not self.same
 
     def _rows(self) -> list[tuple[str, str]]:
+        layers = joined(self._layers()).children
+        drawn = as_text(evolve(each, children=()) for each in layers)
+        several = len(layers) > 1 and not self.same
+        return self._facts(section("layers", drawn) if several else [])
+
+    def _layers(self) -> Branch:
+        """Arrange the tensors by layer: a bar is the greatest relative change beneath it.
+
+        Without values, it is the share of the tensors that differ. What is equal is one row.
+        """
+        fates = {
+            **dict.fromkeys(self.equal, "equal"),
+            **dict.fromkeys(self.changed, "changed"),
+            **{n: f"{_told(old)} → {_told(new)}" for n, (old, new) in self.reshaped.items()},
+            **dict.fromkeys(self.added, "added"),
+            **dict.fromkeys(self.gone, "gone"),
+            **dict.fromkeys(self.undecided, "undecided"),
+        }
+        leaves = []
+        for name in self.names:
+            told = fates[name]
+            norms = self.norms.get(name)
+            told_all = f"{told}: {_told_norms(norms)}" if norms else told
+            relative = norms.relative if norms else 0.0
+            leaves.append((name, _Fate(told_all, relative, 1, int(told != "equal"))))
+        root: _Fate = grown(leaves, functools.partial(_drawn, self._full))
+        return root.branch
+
+    @property
+    def _full(self) -> float | None:
+        """The greatest relative change, of those of tensors that were not zero; None if unknown."""
+        known = [e.relative for e in self.norms.values() if e.relative < math.inf]
+        return max(known, default=1.0) if self.norms else None
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook, and the layers as a tree with bars."""
+        caption = (
+            f"bar: relative change, {self._full:.3g} where it is full"
+            if self.norms
+            else "bar: share of the tensors that differ; values=True tells how far"
+        )
+        return page(as_html(self._facts([])), captioned(caption), as_tree(self._layers()))
+
+    def _facts(self, layers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         shapes = [f"{n}: {_told(old)} → {_told(new)}" for n, (old, new) in self.reshaped.items()]
         far = sorted(self.norms, key=lambda name: -self.norms[name].relative)
         changed = [f"{n}  {_told_norms(self.norms[n])}" for n in far] or folded(self.changed)
@@ -99,13 +146,42 @@ class Difference(Table):
             "entries": entries,
         }
         rows = [("a", self.a), ("b", self.b), ("moved", sized(self.bytes_moved))]
-        rows.append(("equal", f"{len(self.equal)} tensors"))
+        rows += [("equal", f"{len(self.equal)} tensors"), *layers]
         for heading, lines in sections.items():
             if lines:
                 rows += section(f"{heading} {len(getattr(self, heading))}", lines)
         if self.undecided:
             rows.append(("", "no checksum tells of these: values=True fetches them"))
         return [*rows, ("verdict", "the same" if self.same else "they differ")]
+
+
+@frozen
+class _Fate:
+    """What became of a tensor, or of those of a layer."""
+
+    told: str
+    relative: float  # the greatest of the relative changes
+    count: int
+    differing: int
+    branch: Branch = field(factory=Branch)
+
+
+def _drawn(full: float | None, name: str, own: Sequence[_Fate], below: Sequence[_Fate]) -> _Fate:
+    """Draw a layer, or a tensor, beside the relative change whose bar is full."""
+    fates = [*own, *below]
+    count, differing = sum(e.count for e in fates), sum(e.differing for e in fates)
+    relative = max((each.relative for each in fates), default=0.0)
+    if full is None:
+        share = differing / max(1, count)
+    else:
+        share = 1.0 if relative > full else relative / (full or 1.0)
+    if not below:
+        return evolve(own[0], branch=Branch(name, own[0].told, share))
+    far = f", relative {relative:.3g}" if relative else ""
+    told = f"{differing} of {count} differ{far}" if differing else f"{count} equal"
+    itself = [Branch(name, each.told, share) for each in own]
+    rows = [*itself, *(each.branch for each in below)] if differing else []
+    return _Fate(told, relative, count, differing, Branch(name, told, share, rows))
 
 
 def _told(described: Described) -> str:
@@ -158,6 +234,7 @@ def compared(a: Side, b: Side, *, values: bool) -> Difference:
         norms=norms,
         entries={} if is_partial else _differing_entries(a.entries, b.entries),
         bytes_moved=a.bytes_moved() + b.bytes_moved(),
+        names=tuple(dict.fromkeys((*a.weights, *b.weights, *ours, *theirs))),
     )
 
 

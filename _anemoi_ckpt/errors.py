@@ -11,7 +11,8 @@ UNPLACED = "the checkpoint"  # what an error of a strategy names: it does not kn
 class CheckpointError(Exception):
     """A checkpoint could not be loaded: says where, what is wrong and what to do.
 
-    Pickles (to travel between ranks and workers), and shows no secret.
+    Pickles (to travel between ranks and workers), and shows no secret. What a name has of escape
+    sequences is told, and does nothing to a terminal.
 
     >>> raise CheckpointError("s3://b/k?sig=abc", "it is odd", "try again")
     Traceback (most recent call last):
@@ -20,12 +21,12 @@ class CheckpointError(Exception):
 
     def __init__(self, place: object, problem: str, remedy: str) -> None:
         """Take the place as it was given, what is wrong with it, and what to do next."""
-        self.problem, self.remedy = redact(problem), remedy
+        self.problem, self.remedy = harmless(redact(problem), keep="\n"), remedy
         self.name_place(place)
 
     def name_place(self, place: object) -> None:
         """Say where the checkpoint is; strategies do not know, and `load` does."""
-        self.place = redact(str(place))
+        self.place = harmless(redact(str(place)))
         end = "\n  " if "\n" in self.problem else "; "
         self.args = (f"{self.place}: {self.problem}{end}{self.remedy}",)
 
@@ -103,3 +104,21 @@ def redact(text: str) -> str:
     for pattern, hidden in ((USERINFO, r"\1***@"), (_VALUE, r"\1***"), (_HEADER, r"\1***")):
         text = pattern.sub(hidden, text)
     return text
+
+
+def harmless(text: str, keep: str = "") -> str:
+    r"""Write out what a terminal would act upon: control characters, and what reorders a line.
+
+    Names in checkpoints and in stores may have them. `str.isprintable` tells which they are.
+
+    Args:
+        text: what is to be shown.
+        keep: characters that stay as they are.
+
+    >>> print(harmless("layer\x1b[2J\u202e.weight"))
+    layer\x1b[2J\u202e.weight
+    """
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+    return "".join(shown)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from _anemoi_ckpt.cache import located
 from _anemoi_ckpt.calls import is_public
@@ -20,6 +20,8 @@ from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.hollow import dtypes_of, unwatched
 from _anemoi_ckpt.opening import Opened, can_differ, opened, opened_by_ranks
 from _anemoi_ckpt.pickles.reading import Trust, trusted
+from _anemoi_ckpt.pinning import brought, check_digest
+from _anemoi_ckpt.places import URI
 from _anemoi_ckpt.places.streams import Place, parse_place
 from _anemoi_ckpt.planning import Strategy, planned, random_states
 from _anemoi_ckpt.progress import Progress
@@ -61,12 +63,18 @@ def loaded(
     if transport.group is None:
         return alone(check(), progress)
     with joined(transport, uri, f"cached={transport.cached}") as ranks:
-        names = ranks.together(check)
+        names = ranks.together(functools.partial(_checked_by_rank, check, transport))
         if transport.cached:  # each machine downloads it once
             return ranks.together(lambda: alone(names, progress))
         place = functools.partial(located, uri, transport)
         checkpoint = opened_by_ranks(place, transport, progress, ranks)
         return completed(checkpoint, strategies, names, progress, ranks)
+
+
+def _checked_by_rank(check: Callable[[], Trust], transport: Transport) -> Trust:
+    if transport.sha256 is not None and not transport.cached:
+        raise ValueError("sha256 with a group takes cached=True: each machine checks its copy")
+    return check()
 
 
 def checked(
@@ -119,13 +127,28 @@ def _loaded_alone(
     transport: Transport,
 ) -> Loaded:
     place = located(uri, transport)
+    with brought(place, transport, progress) as here:
+        found = _loaded_from(here, strategies, trust, progress, transport)
+    if transport.sha256 is None or transport.cached:
+        return found
+    return evolve(found, bytes_moved=found.bytes_stored)  # for the digest, all of it
+
+
+def _loaded_from(
+    place: URI,
+    strategies: Sequence[Strategy],
+    trust: Trust,
+    progress: Progress,
+    transport: Transport,
+) -> Loaded:
     directory = None
     try:
         checkpoint = opened(place, transport, progress)
         directory = _directory(checkpoint)
+        check_digest(checkpoint, place)
         return completed(checkpoint, strategies, trust, progress)
     except CorruptError:
-        if transport.cached:  # damaged since its download
+        if transport.cached and transport.sha256 is None:  # damaged since its download
             checkpoint = opened(place, transport, progress, fresh=True)
         elif directory is None or not can_differ(place, transport):
             raise

@@ -26,6 +26,7 @@ from _anemoi_ckpt.downloading import Transfer
 from _anemoi_ckpt.errors import (
     CorruptError,
     InvalidURIError,
+    MismatchError,
     MissingPackageError,
     NotACheckpointError,
 )
@@ -118,7 +119,8 @@ def _opened_once(
     def at(uri: URI) -> URI:
         if not transport.cached:
             return uri
-        copy = download_to_cache(Transfer(uri, transport, progress, fresh=fresh))
+        sha256 = transport.sha256 if uri is place else None
+        copy = download_to_cache(Transfer(uri, transport, progress, sha256, fresh=fresh))
         return LocalURI(uri.text, str(copy))  # errors name the place as it was given
 
     first = at(place)
@@ -142,18 +144,20 @@ def _opened_once(
 _T = TypeVar("_T")
 
 
-def looked(place: URI, transport: Transport, look: Callable[[Opened], _T]) -> _T:
+def looked(
+    place: URI, transport: Transport, look: Callable[[Opened], _T], progress: Progress = False
+) -> _T:
     """Open what a place holds, and look at it; once more if what came for that is damaged.
 
     Raises:
         CheckpointError: as `opened`, and as `look`.
     """
     try:
-        return look(opened(place, transport))
+        return look(opened(place, transport, progress))
     except CorruptError:
         if not can_differ(place, transport):
             raise
-    return look(opened(place, transport))
+    return look(opened(place, transport, progress))
 
 
 def opened_by_ranks(
@@ -241,6 +245,12 @@ def _opened_shards(
     origin: Source, place: URI, index: BinaryIO, beside: Callable[[str], URI]
 ) -> Opened:
     """Open the files that an index names, as one."""
+    if origin.transport.sha256 is not None:
+        raise MismatchError(
+            place,
+            "it is the index of several files, and a sha256 pins one",
+            "load its shards by their own names, each with its sha256",
+        )
     weight_map = read_weight_map(place, index)
     shards = {
         name: evolve(origin, uri=beside(name), version=None, beginning=(0, 0))

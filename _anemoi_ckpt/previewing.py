@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import frozen
 
-from _anemoi_ckpt.contents import TensorInfo, hollow_of, infos_of
+from _anemoi_ckpt.contents import hollow_of, infos_of
 from _anemoi_ckpt.errors import redact
 from _anemoi_ckpt.fetching import foreseen, spare_bytes
 from _anemoi_ckpt.loading import Loaded
 from _anemoi_ckpt.matching import Match, Receivers, Terms, matched, tracked
 from _anemoi_ckpt.opening import Opened
 from _anemoi_ckpt.pickles.reading import Trust
+from _anemoi_ckpt.pictures import as_tree, bar, captioned, page, text_bar
 from _anemoi_ckpt.planning import Strategy, planned, random_states
 from _anemoi_ckpt.report import Report, reported
-from _anemoi_ckpt.tables import Table, folded, section, sized
+from _anemoi_ckpt.tables import Table, as_html, folded, section, sized
+from _anemoi_ckpt.trees import TensorInfo, branch_of, tree_of
 
 _NOBODY: Receivers = {"optimizer": (), "scheduler": ()}
 
@@ -42,6 +44,25 @@ class Plan(Table):
         return (self.bytes_moved + self.bytes_to_move) / bytes_per_second
 
     def _rows(self) -> list[tuple[str, str]]:
+        share = min(1, (self.bytes_moved + self.bytes_to_move) / max(1, self.bytes_stored))
+        rows = self._facts(section(f"tensors {len(self.tensors)}", folded(self._names())))
+        return [*rows[:2], ("", text_bar(share, rest="░")), *rows[2:]]
+
+    def _names(self) -> Iterator[str]:
+        return (each.name for each in self.tensors)
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook, a bar of what moves, and the tensors as a tree."""
+        stored = max(1, self.bytes_stored)
+        told = f"{sized(self.bytes_moved)} moved by now, {sized(self.bytes_to_move)} to move, of"
+        return page(
+            as_html(self._facts([("tensors", f"{len(self.tensors)}")])),
+            captioned(f"{told} {sized(self.bytes_stored)} stored"),
+            bar(self.bytes_moved / stored, self.bytes_to_move / stored),
+            as_tree(branch_of(tree_of(self.tensors))),
+        )
+
+    def _facts(self, tensors: list[tuple[str, str]]) -> list[tuple[str, str]]:
         total = self.bytes_moved + self.bytes_to_move
         share = total / max(1, self.bytes_stored)
         more = "" if self.complete else ", or more: a strategy asks for values"
@@ -51,7 +72,7 @@ class Plan(Table):
             ("checkpoint", self.place),
             ("moves", f"{moves} in {self.requests} requests{more}"),
             ("takes", ", ".join(f"{self.seconds(r):.1f} s at {name}" for name, r in rates.items())),
-            *section(f"tensors {len(self.tensors)}", folded(each.name for each in self.tensors)),
+            *tensors,
         ]
         told = [] if self.report is None else self.report._rows()  # noqa: SLF001 - of tables alike
         return [*rows, *(row for row in told if row[0] not in {"checkpoint", "moved"})]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from _anemoi_ckpt.errors import harmless
 from _anemoi_ckpt.places import URI, Notify
 
 Progress = bool | Callable[[int, int | None], object] | None
@@ -43,7 +44,8 @@ def shown(uri: URI, total: int | None, progress: Progress) -> Iterator[Notify]:
             from tqdm.auto import tqdm  # noqa: PLC0415 - only where a bar is shown
 
         delay = DELAY_SECONDS if progress is None else 0
-        with tqdm(total=total, desc=uri.filename, delay=delay, unit="B", unit_scale=True) as bar:
+        name = harmless(uri.filename)
+        with tqdm(total=total, desc=name, delay=delay, unit="B", unit_scale=True) as bar:
 
             def advance(size: int) -> None:
                 with lock:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import fields
 
-from _anemoi_ckpt.errors import redact
+from _anemoi_ckpt.errors import harmless, redact
 
 LINES = 6  # of a section, at most
 
@@ -29,22 +29,32 @@ class Table(ABC):
 
     def __repr__(self) -> str:
         """Show the table."""
-        rows = self._rows()
+        rows = [(harmless(heading), harmless(line)) for heading, line in self._rows()]
         width = max(len(heading) for heading, _ in rows)
         return "\n".join(f"{heading:<{width}}  {line}".rstrip() for heading, line in rows)
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(heading)}</th>"
-            f"<td style='text-align:left'><code>{html.escape(line)}</code></td></tr>"
-            for heading, line in self._rows()
-        )
-        return f"<table>{cells}</table>"
+        return as_html(self._rows())
 
     def as_dict(self) -> Any:
         """Give the fields as plain data, which JSON has, too."""
         return plain(self)
+
+
+def as_html(rows: Iterable[tuple[str, str]]) -> str:
+    """Write rows of a heading and a line as a table; whatever is in them stays text."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{escaped(heading)}</th>"
+        f"<td style='text-align:left'><code>{escaped(line)}</code></td></tr>"
+        for heading, line in rows
+    )
+    return f"<table>{cells}</table>"
+
+
+def escaped(text: str) -> str:
+    """Escape a text for HTML."""
+    return html.escape(harmless(text))
 
 
 @functools.singledispatch

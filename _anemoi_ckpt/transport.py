@@ -77,6 +77,7 @@ class Transport:
     timeout: float | None = None  # seconds without a new byte, over all attempts
     cached: bool = False  # by way of a copy on this machine
     group: Any = field(default=None, repr=False)  # of processes, each of which reads a share
+    sha256: str | None = None  # of the whole object, which must have it
 
     @property
     def patience(self) -> float:

@@ -19,14 +19,14 @@ import torch
 from attrs import evolve, frozen
 from zlib_ng import zlib_ng
 
-from _anemoi_ckpt.blocks import whole
+from _anemoi_ckpt.blocks import in_memory, streamed, whole
 from _anemoi_ckpt.contents import Hollow, hollow_of
 from _anemoi_ckpt.digests import Hasher, hasher, strongest_first
 from _anemoi_ckpt.errors import CorruptError, redact
 from _anemoi_ckpt.formats import Archive, Record, check_crc
 from _anemoi_ckpt.formats.torch_zip import data_start
 from _anemoi_ckpt.hollow import dtypes_of
-from _anemoi_ckpt.opening import opened
+from _anemoi_ckpt.opening import Opened, looked
 from _anemoi_ckpt.parallel import in_parallel
 from _anemoi_ckpt.places import URI, Notify, UnrangedError, Version, pinned
 from _anemoi_ckpt.places.joined import STRIDE_BYTES, JoinedURI
@@ -102,23 +102,13 @@ def verified(
         CheckpointError: it cannot be read, or is no checkpoint.
     """
     begun = time.perf_counter()
-    try:
-        checkpoint = opened(place, transport, progress)
-        archive = checkpoint.archive
-        hollow = hollow_of(archive)  # compares the pickle with the directory
+    try:  # to build it compares the pickle with the directory
+        checkpoint, hollow = looked(place, transport, _built, progress)
     except CorruptError as err:
-        return Verified(
-            place=redact(str(place)),
-            format="",
-            bytes=0,
-            records=0,
-            checked=0,
-            digests=(),
-            damaged=(err.problem,),
-            not_finite={} if values else None,
-            bytes_moved=0,
-            seconds=time.perf_counter() - begun,
-        )
+        unopened = _verified_as_bytes(place, transport, err.problem, progress)
+        none: dict[str, int] | None = {} if values else None
+        return evolve(unopened, not_finite=none, seconds=time.perf_counter() - begun)
+    archive = checkpoint.archive
     dtypes = _dtypes_of_values(archive, hollow) if values else {}
     swapped = archive.byteorder != sys.byteorder
     wanted = [
@@ -145,6 +135,35 @@ def verified(
         not_finite=_named(counts, archive, hollow) if values else None,
         bytes_moved=checkpoint.bytes_moved,
         seconds=time.perf_counter() - begun,
+    )
+
+
+def _built(checkpoint: Opened) -> tuple[Opened, Hollow]:
+    return checkpoint, hollow_of(checkpoint.archive)
+
+
+def _verified_as_bytes(
+    place: URI, transport: Transport, problem: str, progress: Progress
+) -> Verified:
+    """Read what cannot be opened, and compare it with the digest that its place keeps."""
+    try:
+        source = Source(place, find_version(place, transport), transport)
+    except UnrangedError:
+        source, _ = in_memory(place, streamed(place, transport, progress))
+    with shown(place, source.size, progress) as notify:
+        (stored,) = _objects(source, [])
+        found = _check_object(source, stored, notify)
+    return Verified(
+        place=redact(str(place)),
+        format="",
+        bytes=source.size,
+        records=0,
+        checked=0,
+        digests=found.digests,
+        damaged=(problem, *found.damaged),
+        not_finite=None,
+        bytes_moved=sum(source.moved) or source.size,
+        seconds=0.0,
     )
 
 

@@ -89,6 +89,9 @@ def test_what_is_in_it(capsys: Any) -> None:
     told = json.loads(answer(capsys, "peek", "a.ckpt", "--json"))
     assert told["epoch"] == 3
     assert told["tensors"][0]["name"] == "model.encoder.weight"
+    assert re.search(r"    weight +████ +\(500,\)", answer(capsys, "peek", "a.ckpt", "--tree"))
+    told = json.loads(answer(capsys, "peek", "a.ckpt", "--tree", "--json"))
+    assert told["children"]["state_dict"]["bytes"] == 2012
     assert json.loads(answer(capsys, "metadata", "a.ckpt"))["run_id"] == "x"
     told = json.loads(answer(capsys, "plan", "a.ckpt", "--include", "model.head", "--json"))
     assert {each["name"] for each in told["tensors"]} == {"model.head.bias", "0.m"}

@@ -409,7 +409,7 @@ def test_the_digest_asked_for(http_server, tmp_path: Path) -> None:
         download(uri, tmp_path, sha256="0" * 64)
     assert names(tmp_path) == ["a.ckpt"]
     assert (tmp_path / "a.ckpt").read_bytes() == b"what was there"
-    with pytest.raises(ValueError, match="sha256 is 64 hexadecimal digits, not 'abc'"):
+    with pytest.raises(ValueError, match="sha256 of download is 64 hexadecimal digits, not 'abc'"):
         download(uri, tmp_path, sha256="abc")
 
 

@@ -1,7 +1,9 @@
 """Which checkpoints a glob finds, and at what price."""
 
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,16 +15,19 @@ from anemoi_ckpt import (
     CheckpointNotFoundError,
     Entries,
     InvalidURIError,
+    diff,
     find,
     latest,
     list_objects,
     load,
     peek,
+    plan,
     save,
     verify,
 )
 from checkpoints import as_bytes
 from conftest import Place
+from strategies import include, weights
 
 DATA = as_bytes({"w": torch.ones(3)})
 LISTING = ["local", "s3", "gcs", "azure"]
@@ -121,23 +126,26 @@ def test_the_latest_that_a_glob_finds(run: str) -> None:
 
 def test_the_store_is_asked_for_what_begins_so(s3: servers.Store) -> None:
     """And for ten thousand objects, in eleven requests."""
-    import boto3
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
 
-    client, bucket = boto3.client("s3"), s3.uri("x").split("/")[2]
-    for number in range(2_500):
-        client.put_object(Bucket=bucket, Key=f"many/{number:05}.ckpt", Body=b"x")
-    client.put_object(Bucket=bucket, Key="other/0.ckpt", Body=b"x")
+    bucket = s3.uri("x").split("/")[2]
+    names = [*(f"many/{number:05}.ckpt" for number in range(10_000)), "other/0.ckpt"]
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]  # of the emulator, which runs in this process
+    for name in names:
+        backend.put_object(bucket, name, b"x")
     assert s3.server is not None
     s3.server.log.clear()
     entries = find(f"s3://{bucket}/many/**/*.ckpt")
-    assert len(entries) == 2_500
-    asked = [each for each in s3.server.log if "list-type" in each.query]
-    assert len(asked) == 3
-    assert all("prefix=many%2F" in each.query for each in asked)
+    assert len(entries) == 10_000
+    assert len(s3.server.log) <= 11
+    assert all("prefix=many%2F" in each.query for each in s3.server.log)
     s3.server.log.clear()
     assert len(find(f"s3://{bucket}/many/0001*")) == 10
     (asked_once,) = [each for each in s3.server.log if "list-type" in each.query]
     assert "prefix=many%2F0001&" in f"{asked_once.query}&"
+    for name in names:  # other tests list this bucket
+        backend.delete_object(bucket, name)
 
 
 def test_entries_print_as_a_table_and_as_json(tmp_path: Path) -> None:
@@ -176,3 +184,25 @@ def test_what_was_found_is_written_beside(tmp_path: Path) -> None:
     for entry in find(tmp_path / "*.ckpt"):
         save(load(entry), tmp_path / "copy.ckpt")
     assert load(latest(tmp_path / "c*"))["epoch"] == 1
+
+
+def test_a_pool_of_processes_asks_at_once(tmp_path: Path) -> None:
+    paths = [save({"w": torch.full((3,), n)}, tmp_path / f"{n}.ckpt") for n in (1.0, 2.0)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        asked = [
+            pool.submit(peek, paths[0]),
+            pool.submit(plan, paths[0], weights),
+            pool.submit(verify, paths[0], values=True),
+            pool.submit(diff, *paths, include("w"), values=True),
+            pool.submit(find, tmp_path),
+            pool.submit(latest, tmp_path),
+        ]
+        contents, planned, verified, difference, found, newest = (each.result() for each in asked)
+        again = list(pool.map(verify, found))
+    assert contents.tree().bytes == 12
+    assert [each.name for each in planned.tensors] == ["w"]
+    assert verified
+    assert difference.norms["w"].max == 1.0
+    assert [str(each.uri) for each in found] == [*map(str, paths)]
+    assert newest == paths[1]
+    assert [each.ok for each in again] == [True, True]

@@ -16,11 +16,14 @@ from anemoi_ckpt import (
     CheckpointError,
     CorruptError,
     NotACheckpointError,
+    diff,
     download,
     load,
     metadata,
     peek,
+    plan,
     save,
+    verify,
 )
 from checkpoints import as_bytes, assert_same, lightning_checkpoint
 from strategies import weights
@@ -197,6 +200,26 @@ def test_a_bit_of_the_ends_that_is_always_wrong(seed: int, http_server: servers.
     assert outcomes == {"told", "harmless"}
 
 
+QUESTIONS: dict[str, Callable[[str], Any]] = {
+    "plan": lambda uri: plan(uri).as_dict()["tensors"],
+    "diff": lambda uri: diff(uri, LARGE).same,
+    "verify": lambda uri: verify(uri).damaged,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_bit_that_flips_on_the_way_to_an_answer(
+    question: str, http_server: servers.HTTPServer
+) -> None:
+    chosen = random.Random(question)
+    uri = http_server.put("a.ckpt", SERVED)
+    right = QUESTIONS[question](uri)
+    for byte in chosen.sample(ENDS, 20):
+        http_server.reset()
+        flips_in(http_server, byte, chosen.randrange(8), once=True)
+        assert QUESTIONS[question](uri) == right
+
+
 def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save(LARGE, path, metadata={"run_id": "abc"})
@@ -214,6 +237,9 @@ def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path
 
     http_server.fault = spoil
     assert metadata(uri)["run_id"] == "abc"
+    assert left == [0]
+    left = [1]
+    assert diff(uri, path).same
     assert left == [0]
 
 

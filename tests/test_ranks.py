@@ -662,6 +662,16 @@ def test_the_cache_of_each_machine(http_server: servers.HTTPServer, monkeypatch)
     assert said.startswith("AccessDeniedError")
 
 
+def test_a_digest_with_a_group_takes_the_cache(http_server: servers.HTTPServer) -> None:
+    data = as_bytes(CHECKPOINT)
+    uri, digest = http_server.put("last.ckpt", data), hashlib.sha256(data).hexdigest()
+    (said,) = raised(2, lambda rank, group: load(uri, sha256=digest, group=group))
+    assert "sha256 with a group takes cached=True" in said
+    told = {"sha256": digest, "cached": True}
+    for result in on_ranks(2, lambda rank, group: load(uri, weights, group=group, **told)):
+        assert_same(result, CHECKPOINT["state_dict"])
+
+
 def test_a_cache_elsewhere_gets_a_note_of_where_its_file_is_from(
     http_server, tmp_path, monkeypatch
 ) -> None:

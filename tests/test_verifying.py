@@ -281,3 +281,19 @@ def test_what_was_found_travels(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     found = verify(path)
     assert repr(pickle.loads(pickle.dumps(found))) == repr(found)
+
+
+def test_what_cannot_be_opened_is_read_and_compared_with_its_digest(
+    s3: servers.Store, http_server: servers.HTTPServer, data: bytes
+) -> None:
+    torn = data[: len(data) // 2]
+    s3.write("torn.ckpt", torn)
+    found = verify(s3.uri("torn.ckpt"), values=True)
+    assert (found.format, found.bytes, found.bytes_moved) == ("", len(torn), len(torn))
+    assert found.digests  # so it was torn before it was stored
+    assert len(found.damaged) == 1
+    assert found.not_finite == {}
+    uri = http_server.put("torn.ckpt", torn)
+    http_server.fault = lambda _: servers.Fault(ignore_range=True)
+    found = verify(uri)
+    assert (found.bytes, found.bytes_moved, found.ok) == (len(torn), len(torn), False)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from _anemoi_ckpt.errors import UNPLACED, MismatchError
+from _anemoi_ckpt.errors import UNPLACED, MismatchError, harmless
 
 
 class InertGlobal:
@@ -138,7 +138,8 @@ class Inert:
                 for arg in self._inert_args[self._inert_func == NEW_OBJECT :][:8]
             ]
         more = ", …" if len(names) > len(shown) else ""
-        return f"<inert {self.inert_class}{': ' if shown else ''}{', '.join(shown)}{more}>"
+        told = harmless(", ".join(shown))
+        return f"<inert {self.inert_class}{': ' if shown else ''}{told}{more}>"
 
     def __eq__(self, other: object) -> bool:
         """Compare data; a key of a pickled dict or set by identity, for its class told it apart."""
