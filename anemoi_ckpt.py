@@ -91,6 +91,7 @@ from _anemoi_ckpt.places.huggingface import HFURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
+from _anemoi_ckpt.places.sftp import SFTPURI
 from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
 from _anemoi_ckpt.planning import Strategy, applied
 from _anemoi_ckpt.previewing import Plan, previewed
@@ -110,6 +111,7 @@ __all__ = [
     "HFURI",
     "HTTPURI",
     "S3URI",
+    "SFTPURI",
     "URI",
     "AccessDeniedError",
     "AzureURI",
