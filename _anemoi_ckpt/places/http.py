@@ -70,6 +70,11 @@ class HTTPURI(URI):
         return {}
 
     @property
+    def tls(self) -> Mapping[str, Any]:
+        """What requests is told of certificates: `verify`, `cert`."""
+        return {}
+
+    @property
     def filename(self) -> str:
         """The last part of its path."""
         return urllib.parse.unquote(urllib.parse.urlsplit(self.url).path).rpartition("/")[2]
@@ -107,7 +112,8 @@ def request(
     check_params(uri, params)
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
-    options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
+    options: dict[str, Any] = {"headers": sent, "stream": True, "cert": None, **uri.tls}
+    options["cert"] = given.get("cert") or options["cert"]
     if "authorization" in map(str.lower, sent):
         options["auth"] = _unchanged  # otherwise requests would take what ~/.netrc has
     if given.get("user") is not None or given.get("password") is not None:

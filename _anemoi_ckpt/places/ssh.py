@@ -23,7 +23,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from _anemoi_ckpt.places.interrupts import connect_socket, heeded, register
+from _anemoi_ckpt.places.interrupts import Stop, connect_socket, heeded, register
 
 CHANNELS = 8  # at once on a connection: sshd allows ten (MaxSessions)
 _PORT = 22
@@ -197,8 +197,7 @@ def _limited(transport: Any, seconds: float) -> Iterator[None]:
 def _acquired(lock: Any) -> Iterator[None]:
     """Hold a lock in the block, and heed a stop while it is waited for."""
     while not lock.acquire(timeout=_POLL_SECONDS):
-        if stop := heeded():
-            stop.check()
+        (heeded() or Stop()).check()
     try:
         yield
     finally:
