@@ -58,7 +58,7 @@ from _anemoi_ckpt.errors import (
     UnsafeCheckpointError,
     redact,
 )
-from _anemoi_ckpt.finding import CHECKPOINTS, Entries, found, is_glob
+from _anemoi_ckpt.finding import Entries, found, is_glob
 from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
@@ -66,6 +66,7 @@ from _anemoi_ckpt.matching import Terms, matched, tracked
 from _anemoi_ckpt.opening import Opened, looked, opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
 from _anemoi_ckpt.places import (
+    CHECKPOINTS,
     URI,
     Buffers,
     Entry,
@@ -85,7 +86,9 @@ from _anemoi_ckpt.places import (
     resolve,
 )
 from _anemoi_ckpt.places.azure import AzureURI
+from _anemoi_ckpt.places.ftp import FTPURI
 from _anemoi_ckpt.places.gcs import GCSURI
+from _anemoi_ckpt.places.hdfs import HDFSURI, WebHDFSURI
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.huggingface import HFURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
@@ -107,7 +110,9 @@ from _anemoi_ckpt.transport import RETRIES, Transport, listed, locate, open_for_
 from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
+    "FTPURI",
     "GCSURI",
+    "HDFSURI",
     "HFURI",
     "HTTPURI",
     "S3URI",
@@ -140,6 +145,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "Verified",
     "Version",
+    "WebHDFSURI",
     "checkpoint_io",
     "diff",
     "download",
@@ -607,6 +613,12 @@ def latest(
 
 
 def _last_written(entry: Entry) -> Any:
+    if entry.modified is None:
+        raise InvalidURIError(
+            entry.uri,
+            "this place does not tell when a file was written",
+            "give a key=, such as lambda entry: entry.uri.filename",
+        )
     return entry.modified
 
 

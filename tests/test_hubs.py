@@ -88,6 +88,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ("hf://datasets/a/b/c.ckpt", "datasets/a/b", "main", "c.ckpt"),
         ("hf://a/b/c@d.ckpt", "a/b", "main", "c@d.ckpt"),
         ("HF://A/b/c.ckpt", "A/b", "main", "c.ckpt"),
+        ("hf://models/a/b@v1/c.ckpt", "a/b", "v1", "c.ckpt"),
+        ("hf://buckets/a/b/c@d/e.ckpt", "buckets/a/b", "", "c@d/e.ckpt"),
+        ("hf://a/b", "a/b", "main", ""),
+        ("hf://a/b@v1/run/", "a/b", "v1", "run/"),
     ],
 )
 def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None:
@@ -97,7 +101,7 @@ def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["hf://", "hf://a", "hf://a/b", "hf://a/b/", "hf://a/b@v1/", "hf://a/b/c/"]
+    "text", ["hf://", "hf://a", "hf://datasets/a", "hf://buckets/a", "hf://buckets/a/b@v1/c"]
 )
 def test_a_text_that_names_no_file_of_a_repository(text: str) -> None:
     with pytest.raises(InvalidURIError, match="write hf://owner/repo"):
@@ -151,6 +155,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, monkeypatch, tmp_path: Path) 
     with pytest.raises(AccessDeniedError, match="set HF_TOKEN") as caught:
         load(f"hf://{REPO}/a.ckpt")
     assert caught.value.place == f"hf://{REPO}/a.ckpt"
+    assert "(the server answered 401 Unauthorized: Repository not found)" in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "hf_5ec4e7")
     assert_same(load(f"hf://{REPO}/a.ckpt"), CHECKPOINT)
     assert_same(load(download(f"hf://{REPO}/a.ckpt", tmp_path / "a.ckpt")), CHECKPOINT)
@@ -214,6 +219,77 @@ def test_a_file_that_changes_without_a_commit(hub: Hub) -> None:
     hub.cdn.fault = lambda request: servers.Fault(headers={"ETag": f'"{id(request)}"'})
     with pytest.raises(ChangedError):
         load(f"hf://{REPO}/a.ckpt")
+
+
+def test_a_repository_that_was_renamed(hub: Hub) -> None:
+    commit = hub.commit("new/name", {"a.ckpt": as_bytes(CHECKPOINT), "run/b.ckpt": b"x"})
+    hub.renamed["old/name"] = "new/name"
+    found = resolve(parse_uri("hf://old/name/a.ckpt"))
+    assert (found.repo, found.revision, str(found)) == ("new/name", commit, "hf://old/name/a.ckpt")
+    assert_same(load("hf://old/name/a.ckpt"), CHECKPOINT)
+    assert_same(load("hf://old/name"), CHECKPOINT)
+    assert [str(each.uri) for each in list_objects("hf://old/name/run")] == [
+        "hf://old/name/run/b.ckpt"
+    ]
+    hub.renamed |= {"a/1": "a/2", "a/2": "a/1"}
+    with pytest.raises(UnreachableError):
+        load("hf://a/1/a.ckpt", retries=0)
+
+
+def test_a_file_in_a_bucket(hub: Hub, tmp_path: Path) -> None:
+    bucket = "buckets/owner/weather"
+    hub.put(bucket, {"run/a.ckpt": as_bytes(CHECKPOINT), "run/b.txt": b"x"})
+    assert_same(load(f"hf://{bucket}/run/a.ckpt"), CHECKPOINT)
+    assert_same(load(f"hf://{bucket}/run/a.ckpt", cached=True), CHECKPOINT)
+    assert_same(load(f"hf://{bucket}/run"), CHECKPOINT)
+    assert_same(load(download(f"hf://{bucket}/run/a.ckpt", tmp_path)), CHECKPOINT)
+    assert [str(each.uri) for each in list_objects(f"hf://{bucket}")] == [f"hf://{bucket}/run/"]
+    assert latest(f"hf://{bucket}/run").filename == "a.ckpt"
+    (entry,) = find(f"hf://{bucket}/**/a*")
+    assert (entry.size, entry.modified.day) == (len(as_bytes(CHECKPOINT)), 10)
+
+
+def test_a_repository_with_one_checkpoint_is_that(hub: Hub) -> None:
+    data = as_bytes(CHECKPOINT)
+    commit = hub.commit(REPO, {"aifs-single_v1.ckpt": data, "README.md": b"x", "v1.0/w.bin": data})
+    for text in (REPO, f"{REPO}/", f"{REPO}@{commit}", f"{REPO}/v1.0", f"{REPO}@{commit}/v1.0"):
+        assert_same(load(f"hf://{text}", weights), CHECKPOINT["state_dict"])
+        found = resolve(parse_uri(f"hf://{text}"))
+        assert (found.revision, str(found)) == (commit, f"hf://{text}")
+    assert peek(f"hf://{REPO}/v1.0").place == f"hf://{REPO}/v1.0"
+    for name, files in {
+        "several checkpoints.*a.ckpt, b.pt": {"a.ckpt": data, "b.pt": data, "c/d.ckpt": data},
+        "no checkpoint in this folder; in it: README.md": {"README.md": b"x"},
+    }.items():
+        hub.commit(REPO, files)
+        with pytest.raises((InvalidURIError, CheckpointNotFoundError), match=name):
+            load(f"hf://{REPO}")
+    with pytest.raises(CheckpointNotFoundError, match="Entry not found"):
+        load(f"hf://{REPO}/none")
+    hub.commit(REPO, shards())
+    hub.page = 3
+    assert_same(
+        load(f"hf://{REPO}", include("layer.5")), {"layer.5.weight": WHOLE["layer.5.weight"]}
+    )
+
+
+def test_what_is_in_a_repository(hub: Hub) -> None:
+    data = as_bytes({"a": 1})
+    hub.commit(REPO, {f"run/{name}.ckpt": data for name in "abcde"} | {"run/deep/f.ckpt": data})
+    hub.page = 2
+    hub.private[REPO] = "hf_5ec4e7"
+    with pytest.raises(AccessDeniedError, match="Repository not found"):
+        list_objects(f"hf://{REPO}")
+    headers = {"headers": {"Authorization": "Bearer hf_5ec4e7"}}
+    entries = list_objects(f"hf://{REPO}/run", transport_params=headers)
+    names = [str(each.uri).removeprefix(f"hf://{REPO}/run/") for each in entries]
+    assert names == ["a.ckpt", "b.ckpt", "c.ckpt", "d.ckpt", "deep/", "e.ckpt"]
+    assert latest(f"hf://{REPO}/run", transport_params=headers).filename == "e.ckpt"
+    found = find(f"hf://{REPO}/**/[f-z]*", transport_params=headers)
+    assert [str(each.uri) for each in found] == [f"hf://{REPO}/run/deep/f.ckpt"]
+    assert load(found[0], transport_params=headers) == {"a": 1}
+    with pytest.raises(CheckpointNotFoundError, match="does not exist on that revision"):
+        list_objects(f"hf://{REPO}/none", transport_params=headers)
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────
@@ -523,6 +599,21 @@ def test_a_server_of_before_mlflow_3(tracked, http_server, monkeypatch) -> None:
     assert load("runs:/abc/dir/a.ckpt") == {"a": 1}
     with pytest.raises(CheckpointNotFoundError):  # there are no stages, nor such an alias
         load("models:/m/Production/a.ckpt")
+    # a newer one, with many models of that name, and no such folder of this
+    model = {"info": {"name": "dir", "source_run_id": "abc", "model_id": "m-1", "status": 2}}
+    model["info"]["artifact_uri"] = "mlflow-artifacts:/models/m-1"
+    pages = [{"models": [{**model}]}, {"models": [], "next_page_token": "2"}]
+    for number in (1, 0):
+        body = json.dumps(pages[number]).encode()
+        pages[number] = servers.Fault(status=200, body=body)  # type: ignore[assignment]
+    http_server.fault = lambda request: (
+        (pages.pop() if pages else servers.Fault(status=404))
+        if request.path.endswith("search")
+        else None
+    )
+    assert load("runs:/abc/dir/a.ckpt") == {"a": 1}
+    assert not pages
+    http_server.fault = lambda request: answers.get(request.path.rpartition("/")[2])
     answers = {name: servers.Fault(status=503) for name in answers}
     for text in ("runs:/abc/dir/a.ckpt", "models:/m/Production/a.ckpt"):
         with pytest.raises(UnreachableError, match="says: API request"):
@@ -546,7 +637,9 @@ def test_what_is_in_a_folder_of_mlflow(tracked, tmp_path: Path) -> None:
     assert entry.size == len(as_bytes(CHECKPOINT))
     assert_same(load(entry, weights), CHECKPOINT["state_dict"])
     assert names(find(f"models:/listed-{run}/1/*.ckpt")) == [f"models:/listed-{run}/1/a b.ckpt"]
-    assert latest(f"runs:/{run}/dir").filename == "a b.ckpt"
+    assert latest(f"runs:/{run}", key=lambda entry: entry.size).filename == "last.ckpt"
+    with pytest.raises(InvalidURIError, match="does not tell when a file was written"):
+        latest(f"runs:/{run}/dir")
     path = f"mlflow-artifacts:/0/{run}/artifacts/dir"
     assert names(list_objects(path)) == [f"{path}/a b.ckpt"]
     for text in (f"runs:/{run}", f"runs:/{run}/", f"models:/listed-{run}/1", path, f"{path}/"):
@@ -696,7 +789,7 @@ def test_a_database_and_a_folder_without_a_server(
         ("mlflow-artifacts:/", InvalidURIError, "names no file"),
         ("models:/a", InvalidURIError, "names no file"),
         ("models:/a/1/", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
-        ("models:/a/last.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
+        ("models:/a/last.ckpt", CheckpointError, "says: INVALID_PARAMETER_VALUE"),
         ("models:/@x/a.ckpt", InvalidURIError, "names no file"),
         ("runs:/abc/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
         ("models:/none/1/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),

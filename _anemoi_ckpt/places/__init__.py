@@ -38,6 +38,7 @@ Writer = AbstractContextManager[BinaryIO]
 CONNECTIONS = 32  # at once: stores limit each connection (to 80 MB/s or so), not their sum
 LONG_PART_BYTES = 64 * 1024**2  # most for one request, so that all connections end together
 CHUNK_BYTES = 1024**2  # of one readinto: how often progress is told and interrupts are heard
+CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # how names of checkpoints end
 TIMEOUT_SECONDS = 60.0  # of silence on a connection, after which it counts as lost
 
 
@@ -605,6 +606,21 @@ def list_text_page(
 ) -> Page:
     """List the folder that a text names."""
     return list_page(parse_folder(uri), token, transport_params, recursive=recursive)
+
+
+def list_all(uri: URI, transport_params: Params = None) -> Iterator[Entry]:
+    """List all pages.
+
+    Raises:
+        CheckpointError: as `list_page`.
+    """
+    token: str | None = None
+    while True:
+        page = list_page(uri, token, transport_params)
+        yield from page.entries
+        token = page.token
+        if token is None:
+            return
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────

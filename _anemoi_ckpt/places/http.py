@@ -103,7 +103,11 @@ for _scheme in ("http", "https"):
 
 
 def request(
-    method: str, uri: HTTPURI, params: Params, headers: Mapping[str, str] | None = None
+    method: str,
+    uri: HTTPURI,
+    params: Params,
+    headers: Mapping[str, str] | None = None,
+    data: bytes | None = None,
 ) -> Any:
     """Send a request, and give requests' response before its body is read.
 
@@ -113,6 +117,7 @@ def request(
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
     options: dict[str, Any] = {"headers": sent, "stream": True, "cert": None, **uri.tls}
+    options["data"] = data
     options["cert"] = given.get("cert") or options["cert"]
     if "authorization" in map(str.lower, sent):
         options["auth"] = _unchanged  # otherwise requests would take what ~/.netrc has

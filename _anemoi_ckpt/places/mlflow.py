@@ -27,6 +27,7 @@ from _anemoi_ckpt.places import (
     Params,
     Version,
     imported,
+    list_all,
     list_page,
     open_stream,
     parse_folder,
@@ -324,18 +325,12 @@ def _listing(uri: MLflowURI, folder: str, params: Params) -> Iterator[_Listed]:
     if folder.startswith("mlflow-artifacts:"):
         yield from _proxied_listing(uri, folder, params)
         return
-    place = parse_folder(f"{folder}/" if ":" in folder else folder)
+    place = parse_folder(folder.rstrip("/") or "/")
     start = len(str(getattr(place, place.path_field)))
-    token: str | None = None
     with suppress(CheckpointNotFoundError):
-        while True:
-            page = list_page(place, token, params)
-            for each in page.entries:
-                path = str(getattr(each.uri, each.uri.path_field))
-                yield path[start:], each.size, each.modified
-            token = page.token
-            if token is None:
-                return
+        for each in list_all(place, params):
+            path = str(getattr(each.uri, each.uri.path_field))
+            yield path[start:], each.size, each.modified
 
 
 def _proxied_listing(uri: MLflowURI, folder: str, params: Params) -> Iterator[_Listed]:

@@ -90,7 +90,7 @@ _URL = re.compile(  # no query: a question mark is of the path
 )
 
 
-def parse_ssh_url(text: str) -> tuple[str, str, int | None, str | None, str | None]:
+def parse_host_url(text: str) -> tuple[str, str, int | None, str | None, str | None]:
     """Take host, path, port, user and password out of a URL.
 
     Raises:
@@ -116,9 +116,9 @@ def parse_sftp(text: str) -> URI:
     """Parse ``sftp://[user[:password]@]host[:port]/path``.
 
     Raises:
-        InvalidURIError: as `parse_ssh_url`.
+        InvalidURIError: as `parse_host_url`.
     """
-    return SFTPURI(text, *parse_ssh_url(text))
+    return SFTPURI(text, *parse_host_url(text))
 
 
 for _scheme in ("sftp", "ssh", "scp"):
