@@ -57,7 +57,7 @@ from _anemoi_ckpt.errors import (
     UnsafeCheckpointError,
     redact,
 )
-from _anemoi_ckpt.finding import CHECKPOINTS, Entries, found, is_glob
+from _anemoi_ckpt.finding import Entries, found, is_glob
 from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
 from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
@@ -65,6 +65,7 @@ from _anemoi_ckpt.matching import Terms, matched, tracked
 from _anemoi_ckpt.opening import Opened, looked, opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
 from _anemoi_ckpt.places import (
+    CHECKPOINTS,
     URI,
     Buffers,
     Entry,
@@ -84,12 +85,15 @@ from _anemoi_ckpt.places import (
     resolve,
 )
 from _anemoi_ckpt.places.azure import AzureURI
+from _anemoi_ckpt.places.ftp import FTPURI
 from _anemoi_ckpt.places.gcs import GCSURI
+from _anemoi_ckpt.places.hdfs import HDFSURI, WebHDFSURI
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.huggingface import HFURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
+from _anemoi_ckpt.places.sftp import SFTPURI
 from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
 from _anemoi_ckpt.planning import Strategy, applied
 from _anemoi_ckpt.previewing import Plan, previewed
@@ -106,10 +110,13 @@ from _anemoi_ckpt.trees import Tree
 from _anemoi_ckpt.verifying import Verified, verified
 
 __all__ = [
+    "FTPURI",
     "GCSURI",
+    "HDFSURI",
     "HFURI",
     "HTTPURI",
     "S3URI",
+    "SFTPURI",
     "URI",
     "AccessDeniedError",
     "AzureURI",
@@ -139,6 +146,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "Verified",
     "Version",
+    "WebHDFSURI",
     "checkpoint_io",
     "diff",
     "download",
@@ -617,6 +625,12 @@ def latest(
 
 
 def _last_written(entry: Entry) -> Any:
+    if entry.modified is None:
+        raise InvalidURIError(
+            entry.uri,
+            "this place does not tell when a file was written",
+            "give a key=, such as lambda entry: entry.uri.filename",
+        )
     return entry.modified
 
 

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from _anemoi_ckpt.errors import redact
-from _anemoi_ckpt.places import URI, Entry, check_params, parse_folder, parse_uri, sibling
+from _anemoi_ckpt.places import (
+    CHECKPOINTS,
+    URI,
+    Entry,
+    check_params,
+    parse_folder,
+    parse_uri,
+    sibling,
+)
 from _anemoi_ckpt.tables import Table, plain, plain_fields, sized
 from _anemoi_ckpt.transport import Transport, listed
-
-CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # how names of checkpoints end
 
 
 class Entries(Table, list[Entry]):

@@ -1,5 +1,6 @@
 """Places that say where a file really is: Hugging Face's hub, and MLflow; and files in shards."""
 
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 
 import _anemoi_ckpt.places
+import _anemoi_ckpt.transport
 import anemoi_ckpt
 import needs
 import servers
@@ -40,6 +42,9 @@ from anemoi_ckpt import (
     NotACheckpointError,
     UnreachableError,
     download,
+    find,
+    latest,
+    list_objects,
     load,
     load_into,
     main,
@@ -83,6 +88,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ("hf://datasets/a/b/c.ckpt", "datasets/a/b", "main", "c.ckpt"),
         ("hf://a/b/c@d.ckpt", "a/b", "main", "c@d.ckpt"),
         ("HF://A/b/c.ckpt", "A/b", "main", "c.ckpt"),
+        ("hf://models/a/b@v1/c.ckpt", "a/b", "v1", "c.ckpt"),
+        ("hf://buckets/a/b/c@d/e.ckpt", "buckets/a/b", "", "c@d/e.ckpt"),
+        ("hf://a/b", "a/b", "main", ""),
+        ("hf://a/b@v1/run/", "a/b", "v1", "run/"),
     ],
 )
 def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None:
@@ -92,7 +101,7 @@ def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["hf://", "hf://a", "hf://a/b", "hf://a/b/", "hf://a/b@v1/", "hf://a/b/c/"]
+    "text", ["hf://", "hf://a", "hf://datasets/a", "hf://buckets/a", "hf://buckets/a/b@v1/c"]
 )
 def test_a_text_that_names_no_file_of_a_repository(text: str) -> None:
     with pytest.raises(InvalidURIError, match="write hf://owner/repo"):
@@ -146,6 +155,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, monkeypatch, tmp_path: Path) 
     with pytest.raises(AccessDeniedError, match="set HF_TOKEN") as caught:
         load(f"hf://{REPO}/a.ckpt")
     assert caught.value.place == f"hf://{REPO}/a.ckpt"
+    assert "(the server answered 401 Unauthorized: Repository not found)" in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "hf_5ec4e7")
     assert_same(load(f"hf://{REPO}/a.ckpt"), CHECKPOINT)
     assert_same(load(download(f"hf://{REPO}/a.ckpt", tmp_path / "a.ckpt")), CHECKPOINT)
@@ -209,6 +219,77 @@ def test_a_file_that_changes_without_a_commit(hub: Hub) -> None:
     hub.cdn.fault = lambda request: servers.Fault(headers={"ETag": f'"{id(request)}"'})
     with pytest.raises(ChangedError):
         load(f"hf://{REPO}/a.ckpt")
+
+
+def test_a_repository_that_was_renamed(hub: Hub) -> None:
+    commit = hub.commit("new/name", {"a.ckpt": as_bytes(CHECKPOINT), "run/b.ckpt": b"x"})
+    hub.renamed["old/name"] = "new/name"
+    found = resolve(parse_uri("hf://old/name/a.ckpt"))
+    assert (found.repo, found.revision, str(found)) == ("new/name", commit, "hf://old/name/a.ckpt")
+    assert_same(load("hf://old/name/a.ckpt"), CHECKPOINT)
+    assert_same(load("hf://old/name"), CHECKPOINT)
+    assert [str(each.uri) for each in list_objects("hf://old/name/run")] == [
+        "hf://old/name/run/b.ckpt"
+    ]
+    hub.renamed |= {"a/1": "a/2", "a/2": "a/1"}
+    with pytest.raises(UnreachableError):
+        load("hf://a/1/a.ckpt", retries=0)
+
+
+def test_a_file_in_a_bucket(hub: Hub, tmp_path: Path) -> None:
+    bucket = "buckets/owner/weather"
+    hub.put(bucket, {"run/a.ckpt": as_bytes(CHECKPOINT), "run/b.txt": b"x"})
+    assert_same(load(f"hf://{bucket}/run/a.ckpt"), CHECKPOINT)
+    assert_same(load(f"hf://{bucket}/run/a.ckpt", cached=True), CHECKPOINT)
+    assert_same(load(f"hf://{bucket}/run"), CHECKPOINT)
+    assert_same(load(download(f"hf://{bucket}/run/a.ckpt", tmp_path)), CHECKPOINT)
+    assert [str(each.uri) for each in list_objects(f"hf://{bucket}")] == [f"hf://{bucket}/run/"]
+    assert latest(f"hf://{bucket}/run").filename == "a.ckpt"
+    (entry,) = find(f"hf://{bucket}/**/a*")
+    assert (entry.size, entry.modified.day) == (len(as_bytes(CHECKPOINT)), 10)
+
+
+def test_a_repository_with_one_checkpoint_is_that(hub: Hub) -> None:
+    data = as_bytes(CHECKPOINT)
+    commit = hub.commit(REPO, {"aifs-single_v1.ckpt": data, "README.md": b"x", "v1.0/w.bin": data})
+    for text in (REPO, f"{REPO}/", f"{REPO}@{commit}", f"{REPO}/v1.0", f"{REPO}@{commit}/v1.0"):
+        assert_same(load(f"hf://{text}", weights), CHECKPOINT["state_dict"])
+        found = resolve(parse_uri(f"hf://{text}"))
+        assert (found.revision, str(found)) == (commit, f"hf://{text}")
+    assert peek(f"hf://{REPO}/v1.0").place == f"hf://{REPO}/v1.0"
+    for name, files in {
+        "several checkpoints.*a.ckpt, b.pt": {"a.ckpt": data, "b.pt": data, "c/d.ckpt": data},
+        "no checkpoint in this folder; in it: README.md": {"README.md": b"x"},
+    }.items():
+        hub.commit(REPO, files)
+        with pytest.raises((InvalidURIError, CheckpointNotFoundError), match=name):
+            load(f"hf://{REPO}")
+    with pytest.raises(CheckpointNotFoundError, match="Entry not found"):
+        load(f"hf://{REPO}/none")
+    hub.commit(REPO, shards())
+    hub.page = 3
+    assert_same(
+        load(f"hf://{REPO}", include("layer.5")), {"layer.5.weight": WHOLE["layer.5.weight"]}
+    )
+
+
+def test_what_is_in_a_repository(hub: Hub) -> None:
+    data = as_bytes({"a": 1})
+    hub.commit(REPO, {f"run/{name}.ckpt": data for name in "abcde"} | {"run/deep/f.ckpt": data})
+    hub.page = 2
+    hub.private[REPO] = "hf_5ec4e7"
+    with pytest.raises(AccessDeniedError, match="Repository not found"):
+        list_objects(f"hf://{REPO}")
+    headers = {"headers": {"Authorization": "Bearer hf_5ec4e7"}}
+    entries = list_objects(f"hf://{REPO}/run", transport_params=headers)
+    names = [str(each.uri).removeprefix(f"hf://{REPO}/run/") for each in entries]
+    assert names == ["a.ckpt", "b.ckpt", "c.ckpt", "d.ckpt", "deep/", "e.ckpt"]
+    assert latest(f"hf://{REPO}/run", transport_params=headers).filename == "e.ckpt"
+    found = find(f"hf://{REPO}/**/[f-z]*", transport_params=headers)
+    assert [str(each.uri) for each in found] == [f"hf://{REPO}/run/deep/f.ckpt"]
+    assert load(found[0], transport_params=headers) == {"a": 1}
+    with pytest.raises(CheckpointNotFoundError, match="does not exist on that revision"):
+        list_objects(f"hf://{REPO}/none", transport_params=headers)
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────
@@ -484,6 +565,176 @@ def test_the_ways_to_name_what_mlflow_keeps(tracked, tmp_path: Path) -> None:
     assert_same(load(text, weights, cached=True), CHECKPOINT["state_dict"])
 
 
+def test_a_model_that_a_run_has_logged(tracked, tmp_path: Path) -> None:
+    """MLflow 3 keeps its files elsewhere than the run's."""
+    run = logged(tracked, tmp_path)
+    for epoch in (1, 2):
+        model = tracked.create_logged_model("0", name="net", source_run_id=run)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data/model.pth").write_bytes(as_bytes({"epoch": epoch}))
+        tracked.log_model_artifacts(model.model_id, str(tmp_path))
+    other = tracked.create_run("0").info.run_id
+    tracked.create_logged_model("0", name="net", source_run_id=other)
+    tracked.log_artifact(run, str(tmp_path / "a b.ckpt"), "net/data")
+    assert load(f"runs:/{run}/net/data/model.pth") == {"epoch": 2}
+    assert_same(load(f"runs:/{run}/net/data/a b.ckpt", weights), CHECKPOINT["state_dict"])
+    entries = list_objects(f"runs:/{run}/net/data/")
+    assert [str(each.uri) for each in entries] == [
+        f"runs:/{run}/net/data/{name}" for name in ("a b.ckpt", "model.pth")
+    ]
+    with pytest.raises(CheckpointNotFoundError):
+        load(f"runs:/{other}/net/data/model.pth")
+
+
+def test_a_server_of_before_mlflow_3(tracked, http_server, monkeypatch) -> None:
+    info = {"run_id": "abc", "experiment_id": "0", "artifact_uri": f"{http_server.url}/files"}
+    run = json.dumps({"run": {"info": info, "data": {}}}).encode()
+    http_server.put("api/2.0/mlflow/runs/get", run)
+    http_server.put("api/2.0/mlflow/registered-models/get", b'{"registered_model": {}}')
+    http_server.put("files/dir/a.ckpt", as_bytes({"a": 1}))
+    answers = {name: servers.Fault(status=404) for name in ("search", "get-latest-versions")}
+    http_server.fault = lambda request: answers.get(request.path.rpartition("/")[2])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", http_server.url)
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    assert load("runs:/abc/dir/a.ckpt") == {"a": 1}
+    with pytest.raises(CheckpointNotFoundError):  # there are no stages, nor such an alias
+        load("models:/m/Production/a.ckpt")
+    # a newer one, with many models of that name, and no such folder of this
+    model = {"info": {"name": "dir", "source_run_id": "abc", "model_id": "m-1", "status": 2}}
+    model["info"]["artifact_uri"] = "mlflow-artifacts:/models/m-1"
+    pages = [{"models": [{**model}]}, {"models": [], "next_page_token": "2"}]
+    for number in (1, 0):
+        body = json.dumps(pages[number]).encode()
+        pages[number] = servers.Fault(status=200, body=body)  # type: ignore[assignment]
+    http_server.fault = lambda request: (
+        (pages.pop() if pages else servers.Fault(status=404))
+        if request.path.endswith("search")
+        else None
+    )
+    assert load("runs:/abc/dir/a.ckpt") == {"a": 1}
+    assert not pages
+    http_server.fault = lambda request: answers.get(request.path.rpartition("/")[2])
+    answers = {name: servers.Fault(status=503) for name in answers}
+    for text in ("runs:/abc/dir/a.ckpt", "models:/m/Production/a.ckpt"):
+        with pytest.raises(UnreachableError, match="says: API request"):
+            load(text, retries=0)
+
+
+def test_what_is_in_a_folder_of_mlflow(tracked, tmp_path: Path) -> None:
+    run = logged(tracked, tmp_path)
+    (tmp_path / "last.ckpt").write_bytes(as_bytes({"epoch": 1}))
+    tracked.log_artifact(run, str(tmp_path / "last.ckpt"))
+    tracked.create_registered_model(f"listed-{run}")
+    tracked.create_model_version(f"listed-{run}", f"runs:/{run}/dir", run)
+
+    def names(entries: Any) -> list[str]:
+        return [str(entry.uri) for entry in entries]
+
+    assert names(list_objects(f"runs:/{run}")) == [f"runs:/{run}/dir/", f"runs:/{run}/last.ckpt"]
+    assert names(list_objects(f"runs:/{run}/none/")) == []
+    (entry,) = find(f"runs:/{run}/**/a*.ckpt")
+    assert str(entry.uri) == f"runs:/{run}/dir/a b.ckpt"
+    assert entry.size == len(as_bytes(CHECKPOINT))
+    assert_same(load(entry, weights), CHECKPOINT["state_dict"])
+    assert names(find(f"models:/listed-{run}/1/*.ckpt")) == [f"models:/listed-{run}/1/a b.ckpt"]
+    assert latest(f"runs:/{run}", key=lambda entry: entry.size).filename == "last.ckpt"
+    with pytest.raises(InvalidURIError, match="does not tell when a file was written"):
+        latest(f"runs:/{run}/dir")
+    path = f"mlflow-artifacts:/0/{run}/artifacts/dir"
+    assert names(list_objects(path)) == [f"{path}/a b.ckpt"]
+    for text in (f"runs:/{run}", f"runs:/{run}/", f"models:/listed-{run}/1", path, f"{path}/"):
+        with pytest.raises(InvalidURIError, match=r"names a folder; name what you want.*\.ckpt"):
+            load(text)
+    empty = tracked.create_run("0").info.run_id
+    for text in (f"runs:/{empty}", f"runs:/{run}/none/"):
+        with pytest.raises(InvalidURIError, match="there is nothing in it yet"):
+            load(text)
+    with pytest.raises(CheckpointNotFoundError):
+        load(f"runs:/{run}/none")
+    with pytest.raises(CheckpointNotFoundError, match="RESOURCE_DOES_NOT_EXIST"):
+        list_objects("runs:/abc/dir")
+
+
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
+def test_a_folder_of_a_run_whose_files_are_in_a_store(place, tracked) -> None:
+    location = place.put("listed/x", b"").removesuffix("/x")
+    run = tracked.create_run(tracked.create_experiment(location, location)).info.run_id
+    place.put(f"listed/{run}/artifacts/dir/a.ckpt", as_bytes({"a": 1}))
+    (entry,) = list_objects(f"runs:/{run}", recursive=True)
+    assert str(entry.uri) == f"runs:/{run}/dir/a.ckpt"
+    assert entry.modified is not None
+    assert load(latest(f"runs:/{run}/dir/")) == {"a": 1}
+    assert list_objects(f"runs:/{run}/none") == []
+
+
+def test_stages_of_a_model(tracked, tmp_path: Path) -> None:
+    name = f"staged-{logged(tracked, tmp_path)}"
+    tracked.create_registered_model(name)
+    for epoch in (1, 2, 3):
+        run = tracked.create_run("0").info.run_id
+        (tmp_path / "a.ckpt").write_bytes(as_bytes({"epoch": epoch}))
+        tracked.log_artifact(run, str(tmp_path / "a.ckpt"))
+        tracked.create_model_version(name, f"runs:/{run}/", run)
+    tracked.transition_model_version_stage(name, "2", "Production")
+    tracked.set_registered_model_alias(name, "Staging", "3")
+    assert load(f"models:/{name}/Production/a.ckpt") == {"epoch": 2}
+    assert load(f"models:/{name}/production/a.ckpt") == {"epoch": 2}
+    assert load(f"models:/{name}/Staging/a.ckpt") == {"epoch": 3}  # an alias of that name
+    with pytest.raises(CheckpointNotFoundError):
+        load("models:/none/Production/a.ckpt")
+
+
+@pytest.fixture
+def guarded(tracked, mlflow_server: str, monkeypatch) -> Iterator[servers.FaultProxy]:
+    """The tracking server, which wants a password."""
+    port = int(mlflow_server.rpartition(":")[2])
+    proxy = servers.FaultProxy("http", "127.0.0.1", port)
+    proxy.start()
+    proxy.fault = lambda request: servers.Fault(auth="me:5ec4e7")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+def test_credentials_as_mlflows_client_has_them(guarded, tmp_path: Path, monkeypatch) -> None:
+    proxy, guarded.fault = guarded.fault, None
+    run = logged(importlib.import_module("mlflow").MlflowClient(), tmp_path)
+    guarded.fault = proxy
+    uri = f"runs:/{run}/dir/a b.ckpt"
+    with pytest.raises(AccessDeniedError, match=r"~/\.mlflow/credentials"):
+        load(uri)
+    file = Path.home() / ".mlflow/credentials"
+    file.parent.mkdir()
+    file.write_text("[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = 5ec4e7\n")
+    assert_same(load(uri, weights), CHECKPOINT["state_dict"])
+    assert [each.uri.filename for each in list_objects(f"runs:/{run}/dir")] == ["a b.ckpt"]
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    with pytest.raises(AccessDeniedError) as caught:
+        load(uri)
+    assert "another" not in "".join(traceback.format_exception(caught.value))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "5ec4e7")
+    file.unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    assert_same(load(uri, weights), CHECKPOINT["state_dict"])
+
+
+def test_certificates_as_mlflows_client_has_them(tracked, monkeypatch, tmp_path: Path) -> None:
+    uri = parse_uri("mlflow-artifacts:/a.ckpt")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://127.0.0.1:1")
+    assert resolve(uri).tls == {"verify": None, "cert": None}
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    assert resolve(uri).tls == {"verify": False, "cert": None}
+    monkeypatch.delenv("MLFLOW_TRACKING_INSECURE_TLS")
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "none.pem"))
+    monkeypatch.setenv("MLFLOW_TRACKING_CLIENT_CERT_PATH", str(tmp_path / "me.pem"))
+    assert resolve(uri).tls == {
+        "verify": str(tmp_path / "none.pem"),
+        "cert": str(tmp_path / "me.pem"),
+    }
+    with pytest.raises(UnreachableError, match="certificate is not trusted, or the file"):
+        load(uri)
+
+
 def test_only_what_is_needed_moves_through_the_tracking_server(tracked, tmp_path: Path) -> None:
     run = logged(tracked, tmp_path)
     report = load_into(TwoLayers(), f"runs:/{run}/dir/a b.ckpt")
@@ -534,10 +785,11 @@ def test_a_database_and_a_folder_without_a_server(
     ("text", "error", "said"),
     [
         ("runs:/", InvalidURIError, "write runs:/<run_id>/path"),
-        ("runs:/abc", InvalidURIError, "names no file"),
+        ("runs:/abc", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
         ("mlflow-artifacts:/", InvalidURIError, "names no file"),
-        ("models:/a/1/", InvalidURIError, "names no file"),
-        ("models:/a/last.ckpt", InvalidURIError, "names no file"),
+        ("models:/a", InvalidURIError, "names no file"),
+        ("models:/a/1/", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
+        ("models:/a/last.ckpt", CheckpointError, "says: INVALID_PARAMETER_VALUE"),
         ("models:/@x/a.ckpt", InvalidURIError, "names no file"),
         ("runs:/abc/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),
         ("models:/none/1/a.ckpt", CheckpointNotFoundError, "says: RESOURCE_DOES_NOT_EXIST"),

@@ -38,6 +38,7 @@ Writer = AbstractContextManager[BinaryIO]
 CONNECTIONS = 32  # at once: stores limit each connection (to 80 MB/s or so), not their sum
 LONG_PART_BYTES = 64 * 1024**2  # most for one request, so that all connections end together
 CHUNK_BYTES = 1024**2  # of one readinto: how often progress is told and interrupts are heard
+CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # how names of checkpoints end
 TIMEOUT_SECONDS = 60.0  # of silence on a connection, after which it counts as lost
 
 
@@ -56,6 +57,7 @@ class URI:
     connections: ClassVar[int] = CONNECTIONS
     path_field: ClassVar[str] = "text"  # which field ends with the file's name
     is_url: ClassVar[bool] = False  # whether that is percent-encoded, and has a query
+    is_quoted: ClassVar[bool] = False  # whether its text is percent-encoded, and has no query
     asked_first: ClassVar[bool] = False  # whether a read must know the object's version, or size
     extra: ClassVar[str | None] = None  # which `pip install 'anemoi-ckpt[extra]'` it needs
     credentials: ClassVar[str] = "check your permissions"  # what to do when access is denied
@@ -208,14 +210,15 @@ def sibling(uri: URI, name: str) -> URI:
     """Name another file beside one: in its newest version, with the same credentials."""
 
     def beside(value: str, is_url: bool) -> str:
-        has_query = is_url and not value.startswith("file:")
+        has_query = is_url and not (uri.is_quoted or value.startswith("file:"))
         path, mark, query = value.partition("?") if has_query else (value, "", "")
         folder = path[: len(path) - len(path.rpartition("/")[2])]
         return folder + (urllib.parse.quote(name) if is_url else name) + mark + query
 
     known = {each.name for each in fields(type(uri))}
     changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
-    changes["text"] = beside(uri.text, uri.is_url or uri.text.startswith(_URLS))
+    is_encoded = uri.is_url or uri.is_quoted or uri.text.startswith(_URLS)
+    changes["text"] = beside(uri.text, is_encoded)
     if uri.path_field != "text":
         changes[uri.path_field] = beside(getattr(uri, uri.path_field), uri.is_url)
     return evolve(uri, **changes)
@@ -619,6 +622,21 @@ def list_text_page(
 ) -> Page:
     """List the folder that a text names."""
     return list_page(parse_folder(uri), token, transport_params, recursive=recursive)
+
+
+def list_all(uri: URI, transport_params: Params = None) -> Iterator[Entry]:
+    """List all pages.
+
+    Raises:
+        CheckpointError: as `list_page`.
+    """
+    token: str | None = None
+    while True:
+        page = list_page(uri, token, transport_params)
+        yield from page.entries
+        token = page.token
+        if token is None:
+            return
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────

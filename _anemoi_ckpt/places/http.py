@@ -74,6 +74,11 @@ class HTTPURI(URI):
         return {}
 
     @property
+    def tls(self) -> Mapping[str, Any]:
+        """What requests is told of certificates: `verify`, `cert`."""
+        return {}
+
+    @property
     def filename(self) -> str:
         """The last part of its path."""
         return urllib.parse.unquote(urllib.parse.urlsplit(self.url).path).rpartition("/")[2]
@@ -102,7 +107,11 @@ for _scheme in ("http", "https"):
 
 
 def request(
-    method: str, uri: HTTPURI, params: Params, headers: Mapping[str, str] | None = None
+    method: str,
+    uri: HTTPURI,
+    params: Params,
+    headers: Mapping[str, str] | None = None,
+    data: bytes | None = None,
 ) -> Any:
     """Send a request, and give requests' response before its body is read.
 
@@ -111,7 +120,9 @@ def request(
     check_params(uri, params)
     given = params or {}
     sent = {**_headers(uri, params), **(headers or {})}
-    options: dict[str, Any] = {"headers": sent, "stream": True, "cert": given.get("cert")}
+    options: dict[str, Any] = {"headers": sent, "data": data, "stream": True, **uri.tls}
+    if given.get("cert"):
+        options["cert"] = given["cert"]
     session = given.get("session") or _session(imported("requests", uri), os.getpid())
     options["auth"] = _auth(uri, given, sent, session)
     return session.request(

@@ -11,15 +11,29 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from attrs import evolve, frozen
 
-from _anemoi_ckpt.errors import InvalidURIError
-from _anemoi_ckpt.places import URI, Params, register_scheme, resolve
-from _anemoi_ckpt.places.explained import explained
+from _anemoi_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidURIError, redact
+from _anemoi_ckpt.places import (
+    CHECKPOINTS,
+    URI,
+    Entry,
+    Page,
+    Params,
+    Version,
+    list_all,
+    list_page,
+    register_scheme,
+    resolve,
+)
+from _anemoi_ckpt.places.explained import explain, explained
 from _anemoi_ckpt.places.http import HTTPURI, request
+from _anemoi_ckpt.variables import few
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -28,7 +42,9 @@ from _anemoi_ckpt.places.http import HTTPURI, request
 class HFURI(HTTPURI):
     """A file on Hugging Face's hub: ``hf://owner/repo[@revision]/path/in/repo``.
 
-    ``hf://datasets/owner/repo/…`` and ``hf://spaces/owner/repo/…`` are the hub's other kinds.
+    ``hf://datasets/owner/repo/…``, ``hf://spaces/…`` and ``hf://kernels/…`` are the hub's other
+    kinds of repository, and ``hf://buckets/owner/bucket/path`` is a file in a bucket, which has no
+    revisions. A repository or folder with one checkpoint in it stands for that.
     """
 
     repo: str
@@ -47,10 +63,16 @@ class HFURI(HTTPURI):
     @property
     def url(self) -> str:
         """The hub's `resolve` URL."""
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        revision = urllib.parse.quote(self.revision, safe="")
         path = urllib.parse.quote(self.path)
-        return f"{endpoint.rstrip('/')}/{self.repo}/resolve/{revision}/{path}"
+        if self.is_bucket:
+            return f"{_endpoint()}/{self.repo}/resolve/{path}"
+        revision = urllib.parse.quote(self.revision, safe="")
+        return f"{_endpoint()}/{self.repo}/resolve/{revision}/{path}"
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether it is in a bucket, and not in a repository."""
+        return self.repo.startswith("buckets/")
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -59,31 +81,63 @@ class HFURI(HTTPURI):
         return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+@frozen
+class _Tree(HFURI):
+    """A request for what is in a folder, under the name that the user gave."""
+
+    token: str | None = None  # the next part's path and query
+    recursive: bool = False
+
+    @property
+    def url(self) -> str:
+        """The URL of the hub's API, "tree"."""
+        if self.token:  # at the hub that was asked, if the token goes there
+            return f"{_endpoint()}{self.token}"
+        kind = "" if self.repo.startswith(_KINDS) else "models/"
+        folder = urllib.parse.quote(self.path.rpartition("/")[0], safe="")
+        revision = "" if self.is_bucket else "/" + urllib.parse.quote(self.revision, safe="")
+        query = urllib.parse.urlencode({"recursive": self.recursive, "expand": True})
+        tree = f"{kind}{self.repo}/tree{revision}{'/' * bool(folder)}{folder}"
+        return f"{_endpoint()}/api/{tree}?{query}"
+
+
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
 
+_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/")
 _HUB = re.compile(
-    r"(?i:hf)://((?:datasets/|spaces/)?[^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/(.*[^/])"
+    r"(?i:hf)://(?:models/)?((?:(?:datasets|spaces|kernels)/)?[^/@]+/[^/@]+)"
+    r"(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.*))?",
+    re.DOTALL,
 )
+_BUCKET = re.compile(r"(?i:hf)://(buckets/[^/@]+/[^/@]+)()(?:/(.*))?", re.DOTALL)
 
 
 def parse_hub(text: str) -> URI:
-    """Parse ``hf://owner/repo[@revision]/path/in/repo``.
+    """Parse ``hf://owner/repo[@revision]/path/in/repo`` or ``hf://buckets/owner/bucket/path``.
 
     Raises:
-        InvalidURIError: it names no file of a repository.
+        InvalidURIError: it names no repository and no bucket.
     """
-    match = _HUB.fullmatch(text)
-    if match is None:
+    is_bucket = text[5:].startswith("buckets/")
+    match = (_BUCKET if is_bucket else _HUB).fullmatch(text)
+    if match is None or f"{match[1].rpartition('/')[0]}/" in _KINDS:
         raise InvalidURIError(
-            text, "names no file of a repository", "write hf://owner/repo[@revision]/path/in/repo"
+            text,
+            "names no repository",
+            "write hf://owner/repo[@revision]/path/in/repo, or hf://buckets/owner/bucket/path",
         )
-    return HFURI(text, match[1], match[3], urllib.parse.unquote(match[2] or "main"))
+    revision = "" if is_bucket else urllib.parse.unquote(match[2] or "main")
+    return HFURI(text, match[1], match[3] or "", revision)
 
 
 register_scheme("hf", parse_hub)
 
 
 # ── client ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def _hub_token() -> str:
@@ -99,15 +153,106 @@ def _hub_token() -> str:
     return path.read_text("utf-8").strip() if path.is_file() else ""
 
 
+@explain.register
+def explain_hub_error(uri: HFURI, err: Exception, pin: Version | None = None) -> CheckpointError:
+    """Make a `CheckpointError` of an answer: the hub says more in a header than in the status."""
+    found = explain.dispatch(URI)(uri, err, pin)
+    headers = getattr(getattr(err, "response", None), "headers", {})
+    if message := headers.get("X-Error-Message"):
+        found.problem = redact(f"{found.problem.removesuffix(')')}: {message})")
+        found.name_place(uri)
+    return found
+
+
 # ── resolve ───────────────────────────────────────────────────────────────────────────────────
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_FILE = re.compile(r"\.\w*[a-zA-Z]\w*$")  # how a file's name ends, and a folder's does not
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")  # a part of what an index names
+_RESOLVE = re.compile(r"/((?:(?:datasets|spaces|kernels|buckets)/)?[^/]+/[^/]+)/resolve/.*")
+_RENAMES = 5  # of a repository, at most
 
 
 @resolve.register
 def resolve_hub(uri: HFURI, transport_params: Params = None) -> URI:
-    """Ask which commit a branch or tag is, so that all reads are of one commit."""
-    if re.fullmatch("[0-9a-f]{40}", uri.revision):
+    """Ask which commit a branch or tag is, and which checkpoint is in a repository or folder.
+
+    All reads are of that commit.
+
+    Raises:
+        InvalidURIError: it is a folder with several checkpoints; the error names them.
+        CheckpointNotFoundError: there is no such file; or it is a folder without checkpoints.
+    """
+    if not uri.path or uri.path.endswith("/"):
+        return _only_checkpoint(uri, uri.path, transport_params)
+    is_file = _FILE.search(uri.path)
+    if is_file and (uri.is_bucket or _COMMIT.fullmatch(uri.revision)):
         return uri
-    with explained(uri), request("HEAD", uri, transport_params) as response:
+    try:
+        return _pinned(uri, transport_params)
+    except CheckpointNotFoundError as err:
+        if is_file:
+            raise
+        problem = err
+    with suppress(CheckpointNotFoundError):
+        return _only_checkpoint(uri, f"{uri.path}/", transport_params)
+    raise problem
+
+
+def _pinned(uri: HFURI, params: Params) -> HFURI:
+    """Name the commit, and the repository as it is called now."""
+    for _ in range(_RENAMES):
+        with explained(uri), request("HEAD", uri, params) as response:
+            response.raise_for_status()
+        location = response.headers.get("Location", "").removeprefix(_endpoint())
+        renamed = _RESOLVE.fullmatch(location)
+        if renamed is None or renamed[1] == uri.repo:
+            break
+        uri = evolve(uri, repo=renamed[1])
+    return evolve(uri, revision=response.headers.get("X-Repo-Commit") or uri.revision)
+
+
+def _only_checkpoint(uri: HFURI, folder: str, params: Params) -> URI:
+    """Name the checkpoint that a folder has; of one in parts, its index."""
+    entries = list_all(evolve(uri, path=folder), params)
+    names = [str(getattr(each.uri, uri.path_field))[len(folder) :] for each in entries]
+    endings = (*CHECKPOINTS, ".index.json")
+    found = [each for each in names if each.endswith(endings) and not _SHARD.search(each)]
+    if not found:
+        problem = "there is no checkpoint in this folder"
+        raise CheckpointNotFoundError(uri, problem, f"in it: {few(names)}")
+    if len(found) > 1:
+        problem = "there are several checkpoints in this folder"
+        raise InvalidURIError(uri, problem, f"name one of them: {few(found)}")
+    return _pinned(evolve(uri, path=folder + found[0]), params)
+
+
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@list_page.register
+def list_hub_page(
+    uri: HFURI,
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List with the hub's API, "tree": of a repository with the times of the last commits."""
+    tree = _Tree(uri.text, uri.repo, uri.path, uri.revision, token, recursive)
+    with explained(uri), request("GET", tree, transport_params) as response:
         response.raise_for_status()
-        commit = response.headers.get("X-Repo-Commit")
-    return evolve(uri, revision=commit or uri.revision)
+        items = response.json()
+        following = response.links.get("next", {}).get("url", "")
+    beneath = [each for each in items if each["path"].startswith(uri.path)]
+    return Page(
+        [_entry(uri, each) for each in beneath], following[following.find("/api/") :] or None
+    )
+
+
+def _entry(uri: HFURI, item: Mapping[str, Any]) -> Entry:
+    if item["type"] != "file":
+        return Entry.beneath(uri, f"{item['path']}/")
+    told = (item.get("lastCommit") or {}).get("date") or item.get("mtime") or item.get("uploadedAt")
+    modified = datetime.fromisoformat(told) if told else None
+    return Entry.beneath(uri, item["path"], item["size"], modified)

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -202,6 +203,20 @@ def _no_such_host(_host: str, connection: Any, err: OSError) -> Exception:
     from urllib3.exceptions import NewConnectionError  # noqa: PLC0415 - comes with every SDK
 
     return NewConnectionError(connection, f"Failed to establish a new connection: {err}")
+
+
+def connect_socket(host: str, port: int, timeout: float) -> socket.socket:
+    """Connect to a host for a protocol that is not HTTP, and heed a stop meanwhile.
+
+    Raises:
+        OSError: no address of the host answers, or it has none.
+        ConnectionAbortedError: the read was stopped.
+    """
+    nodelay = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are sent at once
+    options = {"source_address": None, "socket_options": [nodelay]}
+    return _create_connection(
+        types.SimpleNamespace(_dns_host=host, port=port, timeout=timeout, **options)
+    )
 
 
 def _create_connection(connection: Any) -> socket.socket:

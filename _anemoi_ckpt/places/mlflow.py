@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 from attrs import evolve, field, frozen
 
@@ -21,17 +22,23 @@ from _anemoi_ckpt.errors import (
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     Version,
     imported,
+    list_all,
+    list_page,
     open_stream,
+    parse_folder,
     parse_uri,
     read_range,
     register_scheme,
     resolve,
 )
 from _anemoi_ckpt.places.explained import explained, without_secrets
-from _anemoi_ckpt.places.http import HTTPURI
+from _anemoi_ckpt.places.http import HTTPURI, request
+from _anemoi_ckpt.variables import few
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -43,7 +50,8 @@ class MLflowURI(URI):
     """A file that MLflow keeps.
 
     ``runs:/<run_id>/path``, ``models:/<name>/<version or alias>/path``,
-    ``models:/<name>@<alias>/path``, ``models:/<model_id>/path``, ``mlflow-artifacts:/path``.
+    ``models:/<name>@<alias>/path``, ``models:/<model_id>/path``, ``mlflow-artifacts:/path``. A
+    stage, such as Production, can stand for the version where the server knows stages.
     """
 
     path: str
@@ -51,7 +59,8 @@ class MLflowURI(URI):
     path_field: ClassVar[str] = "path"
     extra: ClassVar[str | None] = "mlflow"
     credentials: ClassVar[str] = (
-        "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+        "put these into ~/.mlflow/credentials)"
     )
 
 
@@ -60,7 +69,9 @@ class _NamedURL(HTTPURI):
     """A URL, under the name that the user gave."""
 
     location: str
-    authorization: str | None = field(repr=False)
+    authorization: str | None = field(default=None, repr=False)
+    verify: bool | str | None = None  # which certificates are trusted, as requests has it
+    cert: str | None = None  # which is shown
 
     path_field: ClassVar[str] = "location"
     credentials: ClassVar[str] = MLflowURI.credentials
@@ -73,24 +84,27 @@ class _NamedURL(HTTPURI):
     def headers(self) -> Mapping[str, str]:
         return {"Authorization": self.authorization} if self.authorization else {}
 
+    @property
+    def tls(self) -> Mapping[str, Any]:
+        return {"verify": self.verify, "cert": self.cert}
+
 
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
 
-_FILES = {
-    "runs": r"/+[^/]+/.+",
-    "models": rf"/+(?:[^/@]+@[^/]+|{_MODEL_ID}|[^/]+/[^/]+)/.+",
-    "mlflow-artifacts": r"/+.+",
-}
+_MODEL = rf"(?:[^/@]+@[^/]+|{_MODEL_ID}|[^/@]+/[^/]+)"
+_ROOTS = {"runs": "[^/]+", "models": _MODEL, "mlflow-artifacts": ""}  # of runs and models
+_ENDING = re.compile(r"\.\w*[a-zA-Z]\w*$")  # of a file's name, not of a folder's such as v1.0
 
 
 def parse_mlflow(text: str) -> URI:
-    """Parse ``runs:/…``, ``models:/…`` or ``mlflow-artifacts:/…``.
+    """Parse ``runs:/…``, ``models:/…`` or ``mlflow-artifacts:/…``: a file, or a folder.
 
     Raises:
-        InvalidURIError: it names no file of a run or model.
+        InvalidURIError: it names nothing of a run or model.
     """
     scheme, _, path = text.partition(":")
-    if not re.fullmatch(_FILES[scheme.lower()], path, re.DOTALL) or path.endswith("/"):
+    root = _ROOTS[scheme.lower()]
+    if not re.fullmatch(rf"/+{root}(?:/.*)?" if root else "/+.+", path, re.DOTALL):
         raise InvalidURIError(
             text,
             "names no file of a run or model",
@@ -99,31 +113,25 @@ def parse_mlflow(text: str) -> URI:
     return MLflowURI(text, path.lstrip("/"))
 
 
-for _scheme in ("runs", "models", "mlflow-artifacts"):
+for _scheme in _ROOTS:
     register_scheme(_scheme, parse_mlflow)
 
 
-# ── resolve ───────────────────────────────────────────────────────────────────────────────────
-
-_HOPS = 4  # a registered model refers to a logged model, and that to a run
+# ── client ────────────────────────────────────────────────────────────────────────────────────
 
 
-@resolve.register
-def resolve_mlflow(uri: MLflowURI, transport_params: Params = None) -> URI:  # noqa: ARG001 - MLflow has its own
-    """Ask the tracking server where a file is."""
+@contextmanager
+def _client_of(uri: MLflowURI) -> Iterator[Any]:
+    """Give MLflow's client. What the server says in the block is explained."""
     mlflow: Any = imported("mlflow", uri)
-    scheme, _, path = uri.text.partition(":")
-    location, tracking = f"{scheme.lower()}:{path}", mlflow.get_tracking_uri()
+    tracking = mlflow.get_tracking_uri()
     if tracking.startswith("sqlite:///") and not Path(tracking.removeprefix("sqlite:///")).exists():
         raise CheckpointNotFoundError(  # MLflow would make a database
             uri, f"there is no MLflow database at {tracking}", "set MLFLOW_TRACKING_URI"
         )
     with explained(uri):
-        client = mlflow.MlflowClient()
         try:
-            for _ in range(_HOPS):
-                if location.startswith(("runs:/", "models:/")):
-                    location = _mlflow_location(client, location)
+            yield mlflow.MlflowClient()
         except mlflow.exceptions.MlflowException as err:
             status = err.get_http_status_code()
             if status in {401, 403}:
@@ -131,43 +139,152 @@ def resolve_mlflow(uri: MLflowURI, transport_params: Params = None) -> URI:  # n
             kind = _error_of(status)
             remedy = "check the name, and MLFLOW_TRACKING_URI"
             raise kind(uri, f"{tracking} says: {err}", remedy) from without_secrets(err)
-    if location.startswith("mlflow-artifacts:"):
-        return _proxied(uri, tracking, location)
-    found = parse_uri(location)
-    if isinstance(found, MLflowURI):
-        raise InvalidURIError(uri, f"leads to {location}, and no further", "name the run")
-    if type(found) is HTTPURI:
-        return _NamedURL(uri.text, location, None)
-    return evolve(found, text=uri.text)
 
 
 def _error_of(status: int) -> type[CheckpointError]:
-    if status == 404:  # noqa: PLR2004 - Not Found
+    if status == _NOT_FOUND:
         return CheckpointNotFoundError
     return CheckpointError if status < 500 else UnreachableError  # noqa: PLR2004 - server errors
 
 
-def _mlflow_location(client: Any, location: str) -> str:
-    """Ask where the files of a run or a model are, and name the one that is meant."""
+_NOT_FOUND = 404  # of HTTP
+
+
+# ── resolve ───────────────────────────────────────────────────────────────────────────────────
+
+_HOPS = 4  # a registered model refers to a logged model, and that to a run
+_STAGES = {"none", "staging", "production", "archived"}
+_UNNAMED = re.compile("[:.%\"']")  # not in the name of a logged model
+
+
+@resolve.register
+def resolve_mlflow(uri: MLflowURI, transport_params: Params = None) -> URI:
+    """Ask the tracking server where a file is.
+
+    Raises:
+        InvalidURIError: it is a folder; the error names what is in it.
+    """
+    with _client_of(uri) as client:
+        places = _places(client, _location(uri))
+    folders = [place.rpartition("/")[0] for place in places]
+    if not _ENDING.search(uri.path):
+        _refuse_folder(uri, [place.rstrip("/") for place in places], transport_params)
+    name = uri.path.rpartition("/")[2]
+    for place, folder in zip(places[:-1], folders, strict=False):  # of a model, before the run
+        if name in (each for each, *_ in _listing(uri, folder, transport_params)):
+            return _found(uri, place)
+    return _found(uri, places[-1])
+
+
+def _location(uri: MLflowURI) -> str:
+    scheme, _, path = uri.text.partition(":")
+    return f"{scheme.lower()}:{path}"
+
+
+def _refuse_folder(uri: MLflowURI, folders: list[str], params: Params) -> None:
+    names = [name for folder in folders for name, *_ in _listing(uri, folder, params)]
+    if names:
+        remedy = f"name what you want of it: {few(sorted(names))}"
+        raise InvalidURIError(uri, "names a folder", remedy)
+    if uri.path.endswith("/") or re.fullmatch(_ROOTS["runs"], uri.path):
+        raise InvalidURIError(uri, "names no file of a run or model", "there is nothing in it yet")
+
+
+def _places(client: Any, location: str, hops: int = _HOPS) -> list[str]:
+    """Tell where a path of a run or a model may be: among the files of a model, or of the run."""
+    if not hops or not location.startswith(("runs:/", "models:/")):
+        return [location]
     scheme, _, rest = location.partition(":/")
-    name, _, path = rest.lstrip("/").partition("/")
-    if scheme == "runs":
-        return f"{client.get_run(name).info.artifact_uri.rstrip('/')}/{path}"
+    following = (_of_run if scheme == "runs" else _of_model)(client, rest.lstrip("/"))
+    return [place for each in following for place in _places(client, each, hops - 1)]
+
+
+def _of_run(client: Any, rest: str) -> list[str]:
+    """Tell where a path of a run may be: MLflow 3 keeps the models of a run elsewhere."""
+    run_id, _, path = rest.partition("/")
+    info = client.get_run(run_id).info
+    name, _, beneath = path.partition("/")
+    models = _logged_models(client, info, name) if path else []
+    return [*(_joined(each, beneath) for each in models), _joined(info.artifact_uri, path)]
+
+
+def _logged_models(client: Any, info: Any, name: str) -> list[str]:
+    """Tell where the newest model of this name is that a run has logged, if there is one."""
+    if not name or _UNNAMED.search(name):
+        return []
+    token: str | None = None
+    while True:
+        try:
+            page = client.search_logged_models(
+                [info.experiment_id], filter_string=f"name = '{name}'", page_token=token
+            )
+        except Exception as err:
+            if _status_of(err) == _NOT_FOUND:  # a server of before MLflow 3
+                return []
+            raise
+        for model in page:
+            if model.source_run_id == info.run_id:
+                return [model.artifact_location]
+        token = page.token
+        if not token:
+            return []
+
+
+def _status_of(err: Exception) -> int | None:
+    """Give the status of MLflow's exception; None of another's."""
+    ask = getattr(err, "get_http_status_code", None)
+    return ask() if ask else None
+
+
+def _of_model(client: Any, rest: str) -> list[str]:
+    """Tell where a path of a model is."""
+    name, _, path = rest.partition("/")
     if re.fullmatch(_MODEL_ID, name):
-        return f"{client.get_logged_model(name).artifact_location.rstrip('/')}/{path}"
+        return [_joined(client.get_logged_model(name).artifact_location, path)]
     name, _, version = name.partition("@")
     if not version:
         version, _, path = path.partition("/")
+        version = _newest_of_stage(client, name, version) or version
     if not version.isdecimal():
         version = client.get_model_version_by_alias(name, version).version
-    return f"{client.get_model_version_download_uri(name, version).rstrip('/')}/{path}"
+    return [_joined(client.get_model_version_download_uri(name, version), path)]
 
 
-def _proxied(uri: MLflowURI, tracking: str, location: str) -> URI:
+def _newest_of_stage(client: Any, name: str, stage: str) -> str | None:
+    """Tell the newest version of a stage; None if it is none, or the server knows no stages."""
+    if stage.lower() not in _STAGES:
+        return None
+    try:
+        versions = client.get_latest_versions(name, [stage])
+    except Exception as err:
+        if _status_of(err) == _NOT_FOUND:
+            return None
+        raise
+    return str(max(int(each.version) for each in versions)) if versions else None
+
+
+def _joined(root: str, path: str) -> str:
+    return f"{root.rstrip('/')}/{path}"
+
+
+def _found(uri: MLflowURI, location: str) -> URI:
+    """Give the place that a location is, under the name that the user gave."""
+    if location.startswith("mlflow-artifacts:"):
+        return _proxied(uri, location)
+    found = parse_uri(location)
+    if isinstance(found, MLflowURI):
+        raise InvalidURIError(uri, f"leads to {location}, and no further", "name the run")
+    if type(found) is HTTPURI:
+        return _NamedURL(uri.text, location)
+    return evolve(found, text=uri.text)
+
+
+def _proxied(uri: MLflowURI, location: str, query: Mapping[str, str] | None = None) -> URI:
     """Give a file's URL at the tracking server (MLflow's REST API, "mlflow-artifacts").
 
     The tracking server's credentials go to no other server that a run may name.
     """
+    tracking = imported("mlflow", uri).get_tracking_uri()
     server, file = urllib.parse.urlsplit(tracking), urllib.parse.urlsplit(location)
     if server.scheme not in {"http", "https"}:
         raise InvalidURIError(
@@ -176,18 +293,90 @@ def _proxied(uri: MLflowURI, tracking: str, location: str) -> URI:
             "set MLFLOW_TRACKING_URI to the server's URL",
         )
     path = f"{server.path.rstrip('/')}/api/2.0/mlflow-artifacts/artifacts{file.path}"
-    url = server._replace(netloc=file.netloc or server.netloc, path=urllib.parse.quote(path))
+    url = server._replace(
+        netloc=file.netloc or server.netloc,
+        path=urllib.parse.quote(path),
+        query=urllib.parse.urlencode(query or {}),
+    )
     own = file.netloc in {"", server.netloc}
-    return _NamedURL(uri.text, url.geturl(), _mlflow_authorization() if own else None)
+    return (
+        _with_credentials(uri, url.geturl(), tracking) if own else _NamedURL(uri.text, url.geturl())
+    )
 
 
-def _mlflow_authorization() -> str | None:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if user and password:  # in MLflow's order
-        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    return f"Bearer {token}" if token else None
+def _with_credentials(uri: MLflowURI, url: str, tracking: str) -> URI:
+    """Add what MLflow's client sends and trusts: of the environment, or ~/.mlflow/credentials."""
+    given = imported("mlflow.utils.credentials", uri).get_default_host_creds(tracking)
+    authorization = f"Bearer {given.token}" if given.token else None
+    if given.username and given.password:  # in MLflow's order
+        pair = f"{given.username}:{given.password}".encode()
+        authorization = "Basic " + base64.b64encode(pair).decode()
+    verify = None if given.verify is True else given.verify  # then REQUESTS_CA_BUNDLE holds
+    return _NamedURL(uri.text, url, authorization, verify, given.client_cert_path)
+
+
+# ── list ──────────────────────────────────────────────────────────────────────────────────────
+
+_Listed = tuple[str, int | None, datetime | None]  # a name, with a slash of a folder; size; time
+
+
+def _listing(uri: MLflowURI, folder: str, params: Params) -> Iterator[_Listed]:
+    """List what is in a folder, where MLflow keeps it; nothing where there is no such folder."""
+    if folder.startswith("mlflow-artifacts:"):
+        yield from _proxied_listing(uri, folder, params)
+        return
+    place = parse_folder(folder.rstrip("/") or "/")
+    start = len(str(getattr(place, place.path_field)))
+    with suppress(CheckpointNotFoundError):
+        for each in list_all(place, params):
+            path = str(getattr(each.uri, each.uri.path_field))
+            yield path[start:], each.size, each.modified
+
+
+def _proxied_listing(uri: MLflowURI, folder: str, params: Params) -> Iterator[_Listed]:
+    """Ask the tracking server, which tells no times."""
+    scheme, netloc, path, *_ = urllib.parse.urlsplit(folder)
+    root = f"{scheme}://{netloc}" if netloc else f"{scheme}:"
+    place = cast("HTTPURI", _proxied(uri, root, {"path": path.lstrip("/")}))
+    with explained(uri), request("GET", place, params) as response:
+        if response.status_code == _NOT_FOUND:
+            return
+        response.raise_for_status()
+        files = response.json().get("files", ())
+    for each in files:
+        ending, size = ("/", None) if each["is_dir"] else ("", int(each.get("file_size") or 0))
+        yield each["path"].rpartition("/")[2] + ending, size, None
+
+
+@list_page.register
+def list_mlflow_folder(
+    uri: MLflowURI,
+    token: str | None = None,  # noqa: ARG001 - a folder is one page
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List a folder of a run or a model, where MLflow keeps it."""
+    with _client_of(uri) as client:
+        places = _places(client, _location(uri).rpartition("/")[0])
+    folder, _, name = uri.path.rpartition("/")
+    folder += "/" * bool(folder)
+    found = {
+        path: Entry.beneath(uri, folder + path, size, modified)
+        for place in reversed(places)  # a model's file hides the run's
+        for path, size, modified in _walk(uri, place, transport_params, recursive=recursive)
+        if path.startswith(name)
+    }
+    return Page(list(found.values()))
+
+
+def _walk(uri: MLflowURI, folder: str, params: Params, *, recursive: bool) -> Iterator[_Listed]:
+    for name, size, modified in _listing(uri, folder, params):
+        if recursive and name.endswith("/"):
+            for path, *known in _walk(uri, _joined(folder, name[:-1]), params, recursive=True):
+                yield (name + path, *known)  # type: ignore[misc] # mypy forgets what they are
+        else:
+            yield name, size, modified
 
 
 # ── open ──────────────────────────────────────────────────────────────────────────────────────

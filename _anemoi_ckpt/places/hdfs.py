@@ -1,0 +1,249 @@
+"""Files in Hadoop's file system: through its program `hdfs`, or by HTTP (Hadoop's WebHDFS API)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.parse
+from functools import partial
+from typing import Any, BinaryIO, ClassVar, cast
+
+from attrs import evolve, field, frozen
+
+from _anemoi_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidURIError,
+    MissingPackageError,
+)
+from _anemoi_ckpt.places import (
+    URI,
+    Buffers,
+    Params,
+    UnrangedError,
+    Version,
+    Writer,
+    check_params,
+    imported,
+    open_stream,
+    open_writer,
+    pinned,
+    read_range,
+    read_version,
+    register_scheme,
+)
+from _anemoi_ckpt.places.explained import explain, explained
+from _anemoi_ckpt.places.http import HTTPURI, request
+from _anemoi_ckpt.places.parts import PartWriter, hidden_name
+from _anemoi_ckpt.places.responses import read_socket
+from _anemoi_ckpt.places.uploading import committed
+
+# ── URI ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen
+class HDFSURI(URI):
+    """A file that the program `hdfs` reads: ``hdfs://[host[:port]]/path``, ``viewfs://…``."""
+
+    connections: ClassVar[int] = 1  # each read starts a virtual machine of Java
+    params: ClassVar[tuple[str, ...] | None] = ()
+    credentials: ClassVar[str] = "log in, with kinit say, so that `hdfs dfs -ls` may see it"
+
+    @property
+    def location(self) -> str:
+        """What the program is told: without a host, that of its configuration."""
+        scheme, _, rest = self.text.partition("://")
+        return rest if rest.startswith("/") else f"{scheme.lower()}://{rest}"
+
+
+@frozen
+class WebHDFSURI(HTTPURI):
+    """A file behind a name node: ``webhdfs://[user@]host:port/path[?delegation=…]``."""
+
+    operation: str = field(default="op=OPEN", repr=False)
+
+    writer_params: ClassVar[tuple[str, ...]] = ("min_part_size",)  # of smart-open's own writer
+    credentials: ClassVar[str] = "give the user in the URL: webhdfs://user@host:port/path"
+
+    @property
+    def url(self) -> str:
+        """The URL of an operation, which the name node redirects to a data node."""
+        given = urllib.parse.urlsplit(self.text)
+        user, at, host = given.netloc.rpartition("@")
+        named = f"user.name={urllib.parse.quote(urllib.parse.unquote(user))}" if at else ""
+        query = "&".join(filter(None, (self.operation, named, given.query)))
+        path = urllib.parse.quote(urllib.parse.unquote(given.path))
+        return f"http://{host}/webhdfs/v1{path}?{query}"
+
+
+# ── parse ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_hdfs(text: str) -> URI:
+    """Parse ``hdfs://[host[:port]]/path``, or ``webhdfs://[user@]host:port/path``.
+
+    Raises:
+        InvalidURIError: it names no host, or no file.
+    """
+    scheme, _, rest = text.partition("://")
+    host, _, path = rest.partition("?")[0].partition("/")
+    is_web = scheme.lower() == "webhdfs"
+    if (is_web and not host) or not path or path.endswith("/"):
+        raise InvalidURIError(text, "names no file", f"write {scheme}://host:port/path/to/file")
+    return WebHDFSURI(text) if is_web else HDFSURI(text)
+
+
+for _scheme in ("hdfs", "viewfs", "webhdfs"):
+    register_scheme(_scheme, parse_hdfs)
+
+
+# ── the program ───────────────────────────────────────────────────────────────────────────────
+
+_PROGRAM = "hdfs"
+
+
+def _opened(uri: HDFSURI, mode: str, params: Params) -> Any:
+    check_params(uri, params, writing=True)
+    if shutil.which(_PROGRAM) is None:
+        raise MissingPackageError(
+            uri, f"the program {_PROGRAM} is not there", "install Hadoop's client, and set PATH"
+        )
+    return imported("smart_open.hdfs", uri).open(uri.location, mode)
+
+
+@explain.register
+def explain_hdfs_error(uri: HDFSURI, err: Exception, pin: Version | None = None) -> CheckpointError:  # noqa: ARG001 - it is read whole
+    """Ask the program whether the file is there: it fails with the same status for all reasons."""
+    asked = subprocess.run([_PROGRAM, "dfs", "-test", "-e", uri.location], check=False)  # noqa: S603 - the user's own
+    if asked.returncode == 1:
+        problem = "there is no such file"
+        return CheckpointNotFoundError(uri, problem, "check the name for typing errors")
+    return CheckpointError(
+        uri, f"{_PROGRAM} failed ({err})", f"see what it says; {uri.credentials}"
+    )
+
+
+@open_stream.register
+def open_hdfs(uri: HDFSURI, transport_params: Params = None) -> BinaryIO:
+    """Open what `hdfs dfs -cat` gives."""
+    with explained(uri):
+        return cast("BinaryIO", _opened(uri, "rb", transport_params))
+
+
+@read_range.register
+def read_hdfs_range(
+    uri: HDFSURI,
+    offset: int,  # noqa: ARG001 - it is read whole
+    buffers: Buffers,  # noqa: ARG001 - likewise
+    pin: Version | None = None,  # noqa: ARG001 - likewise
+    transport_params: Params = None,
+) -> Version:
+    """Tell that the program gives the whole file alone."""
+    check_params(uri, transport_params)
+    raise UnrangedError
+
+
+@open_writer.register
+def open_hdfs_writer(uri: HDFSURI, transport_params: Params = None) -> Writer:
+    """Write with `hdfs dfs -put`, which gives the file its name when all is written."""
+    return committed(uri, None, lambda _: _opened(uri, "wb", transport_params))
+
+
+# ── by HTTP ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _asked(uri: WebHDFSURI, method: str, operation: str, params: Params) -> Any:
+    """Ask the name node; give what it says, if that is JSON."""
+    with request(method, evolve(uri, operation=operation), params) as response:
+        response.raise_for_status()
+        return json.loads(response.content or b"{}")
+
+
+def _sent(uri: WebHDFSURI, method: str, operation: str, data: bytes, params: Params) -> None:
+    """Ask the name node for a data node, and send it the bytes."""
+    with request(method, evolve(uri, operation=operation), params) as response:
+        response.raise_for_status()
+        location = response.headers.get("Location", "")
+    headers = {"Content-Type": "application/octet-stream"}
+    with request(method, HTTPURI(location), params, headers, data) as response:
+        response.raise_for_status()
+
+
+@read_version.register
+def read_webhdfs_version(uri: WebHDFSURI, transport_params: Params = None) -> Version:
+    """Ask for a file's size and time."""
+    with explained(uri):
+        status = _asked(uri, "GET", "op=GETFILESTATUS", transport_params)["FileStatus"]
+    if status.get("type") == "DIRECTORY":
+        raise InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
+    return Version(status["length"], str(status["modificationTime"]))
+
+
+@read_range.register
+def read_webhdfs_range(
+    uri: WebHDFSURI,
+    offset: int,
+    buffers: Buffers,
+    pin: Version | None = None,
+    transport_params: Params = None,
+) -> Version:
+    """Read a range, which the data node does not tell the version of: it is asked for before."""
+    version = pinned(uri, read_version(uri, transport_params), pin)
+    start = max(0, version.size + offset) if offset < 0 else offset
+    length = min(buffers.size - buffers.filled, version.size - start)
+    if length > 0:
+        ranged = evolve(uri, operation=f"op=OPEN&offset={start}&length={length}")
+        with explained(uri, pin), request("GET", ranged, transport_params) as response:
+            response.raise_for_status()
+            read_socket(response.raw, buffers)
+    return version
+
+
+class _Part:
+    """A hidden file beside the target: `parts.Parted`."""
+
+    def __init__(self, uri: WebHDFSURI, params: Params) -> None:
+        self._uri, self._params = uri, params
+        given = urllib.parse.urlsplit(uri.text)
+        self._target = urllib.parse.unquote(given.path)
+        path = urllib.parse.quote(hidden_name(self._target))
+        self._part = evolve(uri, text=given._replace(path=path).geturl())
+
+    def begin(self) -> None:
+        _sent(self._part, "PUT", "op=CREATE&overwrite=true", b"", self._params)
+
+    def store(self, offset: int, part: bytes) -> None:
+        size = read_version(self._part, self._params).size
+        if size == offset:
+            _sent(self._part, "POST", "op=APPEND", part, self._params)
+        elif size != offset + len(part):  # or an attempt before has appended it
+            raise EOFError(f"{size} bytes of {offset} are there")
+
+    def finish(self, size: int, *, again: bool) -> None:
+        target = urllib.parse.quote(self._target, safe="")
+        try:
+            found = read_version(self._part, self._params).size
+        except CheckpointNotFoundError:
+            if not again:
+                raise
+            found = read_version(self._uri, self._params).size
+            target = ""
+        if found != size:
+            raise EOFError(f"{found} bytes of {size} are there")
+        if target:
+            operation = f"op=RENAME&destination={target}&renameoptions=OVERWRITE"
+            if _asked(self._part, "PUT", operation, self._params).get("boolean") is False:
+                problem = "the server replaces no file that is there"
+                raise CheckpointError(self._uri, problem, "remove it first, or use another name")
+
+    def remove(self) -> None:
+        _asked(self._part, "DELETE", "op=DELETE", self._params)
+
+
+@open_writer.register
+def open_webhdfs_writer(uri: WebHDFSURI, transport_params: Params = None) -> Writer:
+    """Write to a hidden file beside the target, which takes its place when all is written."""
+    check_params(uri, transport_params, writing=True)
+    params = {k: v for k, v in (transport_params or {}).items() if k != "min_part_size"}
+    return committed(uri, None, partial(PartWriter, _Part(uri, params)))
