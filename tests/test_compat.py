@@ -43,6 +43,7 @@ from anemoi_ckpt import (
     Inert,
     InertGlobal,
     MissingPackageError,
+    UnsafeCheckpointError,
     load,
     load_into,
     peek,
@@ -626,11 +627,11 @@ def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
         load(tmp_path / "a.ckpt")
 
 
-def test_a_numpy_dtype_that_is_nested_without_end_is_corrupt(tmp_path: Path) -> None:
+def test_a_numpy_dtype_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     nested = np.dtype("f4")
     for _ in range(40):
         nested = np.dtype([("a", nested)])
-    with pytest.raises(CorruptError, match="nested without end"):
+    with pytest.raises(UnsafeCheckpointError, match="nested without end"):
         load(written(tmp_path / "a.ckpt", {"d": nested}))
 
 

@@ -23,6 +23,7 @@ from _anemoi_ckpt.errors import (
     MissingPackageError,
     UnsafeCheckpointError,
 )
+from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.reading import (
     ForbiddenGlobalError,
     MissingClassError,
@@ -100,12 +101,8 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         yield
     except (CheckpointError, MemoryError, RecursionError):
         raise
-    except ForbiddenGlobalError as err:
-        raise UnsafeCheckpointError(
-            place,
-            f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
-            "do not trust it; trust=True would run it",
-        ) from err
+    except (ForbiddenGlobalError, CostlyError) as err:
+        raise _unsafe(place, err) from err
     except OldTextError as err:
         raise CheckpointError(
             place,
@@ -141,6 +138,20 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         raise CorruptError(
             place, f"{what} cannot be read ({err!r:.300})", "fetch or write the file anew"
         ) from err
+
+
+def _unsafe(place: object, err: Exception) -> UnsafeCheckpointError:
+    if isinstance(err, CostlyError):
+        return UnsafeCheckpointError(
+            place,
+            f"its pickle takes far more memory or time than its length explains: {err}",
+            "do not trust it; trust=True reads it as Python does, and runs its code",
+        )
+    return UnsafeCheckpointError(
+        place,
+        f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
+        "do not trust it; trust=True would run it",
+    )
 
 
 def read_json(data: bytes, **options: Any) -> Any:
