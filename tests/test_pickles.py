@@ -1463,6 +1463,25 @@ def test_an_error_of_what_is_too_costly_names_the_figures(
     assert len(load(tmp_path / "a.ckpt", trust=True)) == 10_000
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_number_of_thousands_of_digits_is_told_and_read_where_python_reads_it(
+    tmp_path: Path, trust: bool
+) -> None:
+    digits = "1" + 5000 * "0"
+    (tmp_path / "a.ckpt").write_bytes(archived(f"L{digits}L\n.".encode()))
+    with pytest.raises(CheckpointError, match=r"more digits than .*max_str_digits\(0\)") as caught:
+        load(tmp_path / "a.ckpt", trust=trust)
+    assert not isinstance(caught.value, CorruptError)
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        assert load(tmp_path / "a.ckpt", trust=trust) == 10**5000
+    finally:
+        sys.set_int_max_str_digits(limit)
+    save(10**5000, tmp_path / "a.ckpt")  # protocol 2 has no digits
+    assert load(tmp_path / "a.ckpt", trust=trust) == 10**5000
+
+
 def test_a_name_without_end_is_refused() -> None:
     with pytest.raises(CostlyError, match="nested without end"):
         read(b"\x80\x04" + text("x" * 9_000) + text("y" * 2_000) + b"\x93.")

@@ -26,6 +26,7 @@ from _anemoi_ckpt.errors import (
 from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.reading import (
     ForbiddenGlobalError,
+    LongNumberError,
     MissingClassError,
     OldTextError,
     StorageOf,
@@ -103,12 +104,8 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         raise
     except (ForbiddenGlobalError, CostlyError) as err:
         raise _unsafe(place, err) from err
-    except OldTextError as err:
-        raise CheckpointError(
-            place,
-            f"it has text that is not UTF-8, as Python 2 wrote it ({err})",
-            "load it without trust: such text comes as bytes",
-        ) from err
+    except (OldTextError, LongNumberError) as err:
+        raise _unread(place, err) from err
     except MissingDtypeError as err:
         wanted = f"torch>={err.since}" if err.since else "a newer torch"
         raise MissingPackageError(place, str(err), f"install {wanted}") from err
@@ -138,6 +135,20 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         raise CorruptError(
             place, f"{what} cannot be read ({err!r:.300})", "fetch or write the file anew"
         ) from err
+
+
+def _unread(place: object, err: Exception) -> CheckpointError:
+    if isinstance(err, LongNumberError):
+        return CheckpointError(
+            place,
+            f"its pickle has a number of more digits than Python reads ({err})",
+            "call sys.set_int_max_str_digits(0) before, if you trust it",
+        )
+    return CheckpointError(
+        place,
+        f"it has text that is not UTF-8, as Python 2 wrote it ({err})",
+        "load it without trust: such text comes as bytes",
+    )
 
 
 def _unsafe(place: object, err: Exception) -> UnsafeCheckpointError:

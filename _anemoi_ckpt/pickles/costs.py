@@ -120,7 +120,7 @@ class Costs:
             self.spend(_OBJECT)
 
     def count_inert(self, args: tuple[Any, ...]) -> None:
-        """Count an inert object, which keeps its arguments."""
+        """Count an inert object, and the arguments that are copied for it."""
         self.spend(_OBJECT + _POINTER * len(args))
 
     def count_items(self, count: int) -> None:

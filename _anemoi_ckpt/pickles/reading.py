@@ -69,6 +69,10 @@ class OldTextError(ValueError):
     """A pickle of Python 2 has text that is not UTF-8, as torch.load wants it."""
 
 
+class LongNumberError(ValueError):
+    """A pickle of protocol 0 or 1 has a number of more digits than Python reads."""
+
+
 class TrustedCodeError(Exception):
     """Code that a pickle names, and that is trusted, raised an error, which is the cause.
 
@@ -120,15 +124,24 @@ def unpickle(
     Raises:
         ForbiddenGlobalError: it names what no checkpoint needs.
         CostlyError: it takes far more memory or time than its length explains.
+        LongNumberError: it has a number of thousands of digits.
         OldTextError: with `trust=True`, it has text of Python 2 that is not UTF-8.
         MissingClassError: with `trust=True`, it names what is not installed.
         TrustedCodeError: trusted code raised.
         Exception: as the machine meets them, with a pickle that makes no sense.
     """
     names = {} if names is None else names
-    if trust is True:
-        return _TrustingMachine(file, storage_of, names).load()
-    return _Machine(file, storage_of, trust or {}, names).load()
+    machine = (
+        _TrustingMachine(file, storage_of, names)
+        if trust is True
+        else _Machine(file, storage_of, trust or {}, names)
+    )
+    try:
+        return machine.load()
+    except ValueError as err:
+        if "set_int_max_str_digits" in str(err):  # which a user can call; torch.load raises this
+            raise LongNumberError(str(err)) from err
+        raise
 
 
 _RENAMED_MODULES = {"torch.tensor": "torch._tensor"}  # as torch.load has it
@@ -346,7 +359,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             if made is not NOTHING:
                 self.costs.count_made(made)
                 return made
-        self.costs.count_inert(args)
+        self.costs.count_inert(args if new else ())
         if name and not isinstance(func, InertGlobal):  # so that it is known by its name
             func = InertGlobal(*name.rsplit(".", 1))
         inert = Inert(NEW_OBJECT, (func, *args)) if new else Inert(func, args)
