@@ -912,6 +912,34 @@ def test_a_tensor_subclass_with_a_rebuild_function_of_its_own(tmp_path: Path) ->
     assert isinstance(load(tmp_path / "a")["m"], Inert)
 
 
+@pytest.mark.parametrize("cls", [torch.Tensor, InertGlobal("x", "y")])
+def test_a_rebuilt_tensor_whose_arguments_are_inert_stays_inert(tmp_path: Path, cls: Any) -> None:
+    func = InertGlobal("torch._tensor", "_rebuild_from_type_v2")
+    parameter = torch._utils._rebuild_parameter
+    state = {"note": 1}
+
+    def found(rebuild: Any, *given: Any) -> Any:
+        save({"t": Inert(func, (rebuild, cls, given, state))}, tmp_path / "a")
+        return load(tmp_path / "a")["t"]
+
+    made = found(parameter, torch.arange(3.0), True, collections.OrderedDict())
+    tensor = made if cls is torch.Tensor else made._inert_args[0]
+    assert type(tensor) is (torch.Tensor if cls is torch.Tensor else nn.Parameter)
+    assert tensor.tolist() == [0, 1, 2]
+    odd = Inert(InertGlobal("x", "Data"), (1,))
+    for given in ((odd, True, {}), (InertGlobal("x", "Data"), True, {}), (range(9), True, {})):
+        kept = found(parameter, *given)
+        assert kept.inert_class == func.full_name
+        assert kept._inert_args == (parameter, cls, given, state)
+    deep: Any = (parameter, cls, (torch.ones(1), True, {}), state)
+    for _ in range(300):
+        deep = (torch._tensor._rebuild_from_type_v2, cls, deep, state)
+    save({"t": Inert(func, deep)}, tmp_path / "a")
+    assert load(tmp_path / "a")["t"].inert_class == func.full_name
+    with pytest.raises(MissingPackageError, match=r"no dtype torch\.new"):
+        found(torch._utils._rebuild_meta_tensor_no_storage, InertGlobal("torch", "new"), (), (), 0)
+
+
 # ── dicts and files of a class ────────────────────────────────────────────────────────────────
 
 

@@ -612,26 +612,40 @@ def _made_by_torch(func: Any, args: tuple[Any, ...]) -> Any:
     """Call one of torch's own functions as its restricted unpickler does; or nothing."""
     if func is torch._tensor._rebuild_from_type_v2:
         rebuild, cls, given, state = args  # it calls the first with the third
-        if rebuild not in known().values() or isinstance(rebuild, type):
+        if rebuild is func or rebuild not in known().values() or isinstance(rebuild, type):
             return NOTHING
         if isinstance(cls, InertGlobal):
             # the tensor itself in place of how it is made, so that it is found and moved
             made = _made_by_torch(rebuild, given)
             return made if made is NOTHING else Inert(REBUILD_SUBCLASS, (made, cls, state))
+        _refuse_missing_dtypes(given)
+        if _has_inert(given):
+            return NOTHING
         args = (CHECKED.get(rebuild, rebuild), cls, given, state)
     if func is not torch._utils._rebuild_wrapper_subclass:  # which is never built
-        for arg in args:
-            if isinstance(arg, InertGlobal) and arg.module == "torch":
-                raise MissingDtypeError(arg.name)
-    # torch asks things of what it is given, which must not answer from the pickle, nor be a
-    # range as long as it likes
-    if any(isinstance(arg, Inert | InertGlobal | range) for arg in args):
+        _refuse_missing_dtypes(args)
+    if _has_inert(args):
         return NOTHING
     if args and func in MEMORY:
         raise pickle.UnpicklingError(f"{func.__name__} called for memory, not for data")
     if func in _CONSTANTS:
         return _constant(func, args)
     return CHECKED.get(func, func)(*args)
+
+
+def _refuse_missing_dtypes(args: tuple[Any, ...]) -> None:
+    for arg in args:
+        if isinstance(arg, InertGlobal) and arg.module == "torch":
+            raise MissingDtypeError(arg.name)
+
+
+def _has_inert(args: tuple[Any, ...]) -> bool:
+    """Tell whether torch is not to be given these.
+
+    It asks things of what it is given, which must not answer from the pickle, nor be a range as
+    long as it likes.
+    """
+    return any(isinstance(arg, Inert | InertGlobal | range) for arg in args)
 
 
 def _constant(func: Any, args: tuple[Any, ...]) -> Any:
