@@ -30,14 +30,14 @@ from _anemoi_ckpt.pickles.reading import Trust
 from _anemoi_ckpt.pictures import Branch, as_text, as_tree, captioned, grown, joined, page
 from _anemoi_ckpt.planning import Strategy, applied, planned, random_states
 from _anemoi_ckpt.tables import Table, as_html, folded, plain, plain_fields, section, sized
-from _anemoi_ckpt.tensors import is_strided
+from _anemoi_ckpt.tensors import dense, is_strided
 
 BATCH_BYTES = 256 * 1024**2  # of values that are compared at once
 _SHOWN = 40  # characters of a value
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how an object prints
 _ABSENT = "nothing"  # what an entry is that one side lacks
 
-Described = tuple[tuple[int, ...], torch.dtype]
+Described = tuple[tuple[Any, ...], torch.dtype]  # of a nested tensor, the shape of each part
 
 
 @frozen
@@ -292,8 +292,11 @@ class Side:
 def in_memory(checkpoint: Any, place: str, strategies: Sequence[Strategy]) -> Side:
     """Describe a checkpoint, state dict or model in memory."""
     whole = checkpoint.state_dict() if isinstance(checkpoint, torch.nn.Module) else checkpoint
-    side = _held(applied(strategies, whole, place), place, {}, lambda: 0)
-    return evolve(side, is_partial=not side.others)
+    found = applied(strategies, whole, place)
+    side = _held(found, place, {}, lambda: 0)
+    path = path_to_weights(found)
+    # a state dict alone, with or without objects in it that have tensors
+    return evolve(side, is_partial=path == () or not side.others)
 
 
 def stored(checkpoint: Opened, strategies: Sequence[Strategy], trust: Trust) -> Side:
@@ -315,7 +318,7 @@ def stored(checkpoint: Opened, strategies: Sequence[Strategy], trust: Trust) -> 
         return _held(whole, place, facts, moved)
 
     def describe(tensor: torch.Tensor) -> _Facts:
-        described = tuple(tensor.shape), tensor.dtype
+        described = _described(tensor)
         if not tensor.numel():
             return _Facts(described, crc=zlib_ng.crc32(b""))
         if not is_strided(tensor) or StorageWeakRef(tensor.untyped_storage()) not in originals:
@@ -375,11 +378,18 @@ def _held(checkpoint: Any, place: str, facts: Mapping[str, Any], moved: Callable
 
 def _facts_of(tensor: torch.Tensor) -> _Facts:
     """Describe a tensor in memory by the CRC-32 of its values."""
-    described = tuple(tensor.shape), tensor.dtype
+    described = _described(tensor)
     if tensor.is_meta or not is_strided(tensor) or tensor.is_quantized:
         return _Facts(described)
     data = _bytes_of(tensor)
     return _Facts(described, None, zlib_ng.crc32(data), len(data))
+
+
+def _described(tensor: torch.Tensor) -> Described:
+    """Give shape and dtype; of a nested tensor, the shape of each part."""
+    if tensor.is_nested and not tensor.is_meta:  # which has its shapes from values
+        return tuple(tuple(part.shape) for part in tensor.unbind()), tensor.dtype
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -401,7 +411,7 @@ def _parts_of(
         name = ".".join(map(str, keys))
         if not isinstance(leaf, torch.Tensor):
             entries[name] = leaf
-        elif path is None or keys[: len(path)] != path:
+        elif path is None or keys[:-1] != path:  # in an object that is no tensor, too
             others[name] = leaf
     return weights, others, entries
 
@@ -449,7 +459,7 @@ def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
-    return tensor if is_strided(tensor) else tensor.to_dense()
+    return dense(tensor)
 
 
 def _norms(one: torch.Tensor, other: torch.Tensor) -> Norms:

@@ -68,7 +68,7 @@ class NotACheckpointError(CheckpointError, ValueError):
 
 
 class UnsafeCheckpointError(CheckpointError, ValueError):
-    """The checkpoint names functions of ``os`` or ``sys``, which no checkpoint needs."""
+    """The checkpoint names functions of ``os`` or ``sys``, or takes memory without end."""
 
 
 class MismatchError(CheckpointError, ValueError):

@@ -43,7 +43,14 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether no value of a tensor is NaN or infinite."""
     if not is_inexact(tensor) or tensor.dtype in ALL_FINITE:
         return True
-    return bool(not_finite(tensor if is_strided(tensor) else tensor.to_dense()) == 0)
+    return bool(not_finite(dense(tensor)) == 0)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Give the values of a sparse tensor as a dense one; of a nested one, in a row."""
+    if tensor.is_nested:  # of which torch makes no dense one, in either layout
+        return torch.cat([part.reshape(-1) for part in tensor.unbind()])
+    return tensor if is_strided(tensor) else tensor.to_dense()
 
 
 def not_finite(values: torch.Tensor) -> int:

@@ -42,13 +42,17 @@ from anemoi_ckpt import (
     CorruptError,
     Inert,
     InertGlobal,
+    MismatchError,
     MissingPackageError,
+    UnsafeCheckpointError,
+    diff,
     load,
     load_into,
     peek,
     save,
 )
 from checkpoints import as_bytes, assert_same
+from strategies import cast, exclude, require_finite
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*nested:UserWarning", "ignore:.*quantized:UserWarning"
@@ -619,6 +623,53 @@ HOSTILE_DTYPES = {
 }
 
 
+def of_parts(layout: torch.layout, first: int, value: float) -> torch.Tensor:
+    parts = [torch.full((n, 3), value) for n in (first, 6 - first)]
+    return torch.nested.nested_tensor(parts, layout=layout)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        torch.strided,
+        pytest.param(
+            torch.jagged,
+            marks=pytest.mark.skipif(
+                version_of(torch.__version__) < (2, 6), reason="torch pickles no such tensors"
+            ),
+        ),
+    ],
+)
+def test_nested_tensors_of_either_layout_in_strategies_and_models(
+    tmp_path: Path, layout: torch.layout
+) -> None:
+    def put(name: str, first: int, value: float) -> Path:
+        torch.save({"w": torch.ones(2), "n": of_parts(layout, first, value)}, tmp_path / name)
+        return tmp_path / name
+
+    path, other = put("a", 2, 1.0), put("b", 2, 2.0)
+    shorter, infinite = put("c", 3, 1.0), put("d", 2, float("inf"))
+    loaded = load(path, require_finite, cast(torch.float64), trust=True)
+    assert [part.tolist() for part in loaded["n"].unbind()] == [[[1.0] * 3] * 2, [[1.0] * 3] * 4]
+    with pytest.raises(MismatchError, match="NaN or infinity in n"):
+        load(infinite, require_finite, trust=True)
+    model = torch.nn.Module()
+    model.register_buffer("w", torch.zeros(2))
+    model.register_buffer("n", of_parts(layout, 2, 0.0))
+    with pytest.raises(MismatchError, match=r"no tensors of the model's layout: n"):
+        load_into(model, path, trust=True)
+    assert model.w.tolist() == [0, 0]
+    load_into(model, path, exclude("n"), strict=False, trust=True)
+    assert model.w.tolist() == [1, 1]
+    assert [part.sum().item() for part in model.n.unbind()] == [0, 0]
+    for values in (True, False):
+        assert not diff(path, path, values=values).changed
+        assert not diff(path, path, values=values).reshaped
+        assert diff(path, shorter, values=values).reshaped
+    changed = diff(path, other, values=True).changed
+    assert {name[:1] for name in changed} == {"n"}
+
+
 @pytest.mark.parametrize("lie", HOSTILE_DTYPES)
 def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
     save({"d": forged_dtype(*HOSTILE_DTYPES[lie])}, tmp_path / "a.ckpt")
@@ -626,11 +677,11 @@ def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
         load(tmp_path / "a.ckpt")
 
 
-def test_a_numpy_dtype_that_is_nested_without_end_is_corrupt(tmp_path: Path) -> None:
+def test_a_numpy_dtype_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     nested = np.dtype("f4")
     for _ in range(40):
         nested = np.dtype([("a", nested)])
-    with pytest.raises(CorruptError, match="nested without end"):
+    with pytest.raises(UnsafeCheckpointError, match="nested without end"):
         load(written(tmp_path / "a.ckpt", {"d": nested}))
 
 

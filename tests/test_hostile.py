@@ -23,7 +23,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anemoi_ckpt import CheckpointError, CorruptError, NotACheckpointError, load
+from _anemoi_ckpt.formats.safetensors import read_safetensors
+from anemoi_ckpt import CheckpointError, CorruptError, NotACheckpointError, load, peek
 from checkpoints import as_bytes, assert_same
 from strategies import weights
 
@@ -432,6 +433,35 @@ def test_safetensors_that_do_not_lie(tmp_path: Path) -> None:
         2**40,
         0,
     )
+
+
+def test_safetensors_whose_names_are_those_of_the_header_itself(tmp_path: Path) -> None:
+    told = {"dtype": "a", "shape": "b", "data_offsets": "c"}
+    more = entry("U8", (1,), (2, 3)) | {"beside": 1}
+    header = {
+        "shape": entry("U8", (1,), (0, 1)),
+        "dtype": entry("U8", (1,), (1, 2)),
+        "data_offsets": more,
+        "__metadata__": told,
+    }
+    found = outcome(tmp_path / "a", tensors(header, bytes([1, 2, 3])))
+    assert {name: int(value) for name, value in found.items()} == {
+        "shape": 1,
+        "dtype": 2,
+        "data_offsets": 3,
+    }
+    assert peek(tmp_path / "a").notes == told
+
+
+def test_a_safetensors_header_takes_a_few_times_its_length(tmp_path: Path) -> None:
+    data = tensors({str(n): entry("U8", (0,), (0, 0)) for n in range(5_000)})
+    read_safetensors("a", io.BytesIO(data), len(data))  # what is imported for the first time
+    tracemalloc.start()
+    archive = read_safetensors("a", io.BytesIO(data), len(data))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(archive.records) == 5_000
+    assert peak < 12 * len(data)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8, 3000])

@@ -30,6 +30,8 @@ import torch
 from torch import nn
 
 import _anemoi_ckpt.pickles.writing
+from _anemoi_ckpt.pickles import costs
+from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.inert import walk
 from _anemoi_ckpt.pickles.reading import ForbiddenGlobalError, trusted, unpickle
 from anemoi_ckpt import (
@@ -39,6 +41,7 @@ from anemoi_ckpt import (
     InertGlobal,
     MismatchError,
     MissingPackageError,
+    UnsafeCheckpointError,
     load,
     load_into,
     metadata,
@@ -909,6 +912,34 @@ def test_a_tensor_subclass_with_a_rebuild_function_of_its_own(tmp_path: Path) ->
     assert isinstance(load(tmp_path / "a")["m"], Inert)
 
 
+@pytest.mark.parametrize("cls", [torch.Tensor, InertGlobal("x", "y")])
+def test_a_rebuilt_tensor_whose_arguments_are_inert_stays_inert(tmp_path: Path, cls: Any) -> None:
+    func = InertGlobal("torch._tensor", "_rebuild_from_type_v2")
+    parameter = torch._utils._rebuild_parameter
+    state = {"note": 1}
+
+    def found(rebuild: Any, *given: Any) -> Any:
+        save({"t": Inert(func, (rebuild, cls, given, state))}, tmp_path / "a")
+        return load(tmp_path / "a")["t"]
+
+    made = found(parameter, torch.arange(3.0), True, collections.OrderedDict())
+    tensor = made if cls is torch.Tensor else made._inert_args[0]
+    assert type(tensor) is (torch.Tensor if cls is torch.Tensor else nn.Parameter)
+    assert tensor.tolist() == [0, 1, 2]
+    odd = Inert(InertGlobal("x", "Data"), (1,))
+    for given in ((odd, True, {}), (InertGlobal("x", "Data"), True, {}), (range(9), True, {})):
+        kept = found(parameter, *given)
+        assert kept.inert_class == func.full_name
+        assert kept._inert_args == (parameter, cls, given, state)
+    deep: Any = (parameter, cls, (torch.ones(1), True, {}), state)
+    for _ in range(300):
+        deep = (torch._tensor._rebuild_from_type_v2, cls, deep, state)
+    save({"t": Inert(func, deep)}, tmp_path / "a")
+    assert load(tmp_path / "a")["t"].inert_class == func.full_name
+    with pytest.raises(MissingPackageError, match=r"no dtype torch\.new"):
+        found(torch._utils._rebuild_meta_tensor_no_storage, InertGlobal("torch", "new"), (), (), 0)
+
+
 # ── dicts and files of a class ────────────────────────────────────────────────────────────────
 
 
@@ -1265,7 +1296,7 @@ def test_what_would_overflow_the_stack_when_it_is_freed_is_refused(
             read(data[:-1])
     (tmp_path / "a.ckpt").write_bytes(archived(objects_in_each_other(kind, 1100)))
     for opening in (load, peek):
-        with pytest.raises(CorruptError, match="nested without end"):
+        with pytest.raises(UnsafeCheckpointError, match="nested without end"):
             opening(tmp_path / "a.ckpt")
 
 
@@ -1327,13 +1358,19 @@ MANY = b"](" + b"K\x01" * 20_000 + b"eq\0"
         b"(K\x01M\x20\x4e\x85cnumpy\ndtype\nU\x02u1K\0K\x01\x87R\x89h\0tb" * 300 + b"l.",
     ],
 )
-def test_what_copies_a_part_of_itself_without_end_is_refused(made: bytes) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="copied without end"):
+def test_what_copies_a_part_of_itself_without_end_is_refused(
+    made: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_LEAST", 1_000_000)
+    with pytest.raises(CostlyError, match=r"bytes of it take more than \d+ MB of memory"):
         read(b"\x80\x02" + made)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
-def test_tensors_that_are_copied_without_end_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_copied_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_LEAST", 1_000_000)
     rebuild = InertGlobal("torch._utils", "_rebuild_device_tensor_from_cpu_tensor")
     of_numpy = InertGlobal("torch._utils", "_rebuild_device_tensor_from_numpy")
     values, array = torch.ones(100_000), np.ones(100_000, "f4")
@@ -1345,8 +1382,8 @@ def test_tensors_that_are_copied_without_end_are_refused(tmp_path: Path) -> None
     path = tmp_path / "a.ckpt"
     for func, data in ((rebuild, values), (of_numpy, array)):
         assert load(put(func, data, data))[1].dtype is torch.float64
-    for func, many in ((rebuild, [values[:] for _ in range(60)]), (of_numpy, [array] * 60)):
-        with pytest.raises(CorruptError, match="copied without end"):
+    for func, many in ((rebuild, [values[:] for _ in range(150)]), (of_numpy, [array] * 150)):
+        with pytest.raises(UnsafeCheckpointError, match="of memory"):
             load(put(func, *many))
     for func, some in (
         (rebuild, [values.clone() for _ in range(60)]),
@@ -1359,16 +1396,135 @@ def test_tensors_that_are_copied_without_end_are_refused(tmp_path: Path) -> None
         load(tmp_path / "a.ckpt")
 
 
+MEMOIZED = {
+    "inert": b"cx\ny\nq\x000",
+    "deque": b"ccollections\ndeque\nq\x000",
+    "namespace": b"ctypes\nSimpleNamespace\nq\x000",
+    "dtype": b"cnumpy\ndtype\nq\0U\2f4q\x0100",
+    "columns": b"cnumpy\ndtype\nq\0" + text("i1," * 500) + b"q\x0100",
+    "many": b"(" + b"K\1" * 5000 + b"tq\1" + b"\x85q\x020ctorch\nSize\nq\x000",
+    "new": b"(" + b"K\1" * 5000 + b"tq\x010cx\ny\nq\x000",
+    "bytes": b"B" + struct.pack("<I", 5000) + b"x" * 5000 + b"K\0N\x87q\0c_io\nBytesIO\nq\x0100",
+    "letters": text("x" * 5000) + b"q\x000",
+    "item": text("a") + b"q\x000",
+}
+# Opcodes that make a great deal of a few bytes, each many times; and what stands before them.
+DENSE = {
+    "sets": ("", b"\x8f"),
+    "dicts": ("", b"}"),
+    "lists": ("", b"]"),
+    "marks": ("", b"("),  # all of which but one stay open
+    "tuples of one": ("", b")\x85\x85\x85\x85"),
+    "memos": ("", b"N" + b"\x94" * 20),
+    "sets with an item": ("", b"\x8f(N\x90"),
+    "frozensets": ("", b"(N\x91"),
+    "dicts with an item": ("item", b"}h\0Ns"),
+    "calls": ("inert", b"h\0)R"),
+    "objects": ("inert", b"h\0)\x81"),
+    "objects with arguments": ("new", b"h\0h\1\x81"),
+    "deques": ("deque", b"h\0)R"),
+    "namespaces": ("namespace", b"h\0)R"),
+    "dtypes": ("dtype", b"h\0h\1\x85R"),
+    "dtypes with columns": ("columns", b"h\0h\1\x85R"),
+    "sizes": ("many", b"h\0h\2R"),
+    "files in memory": ("bytes", b"h\1)Rh\0b"),
+    "names": ("letters", b"h\0\x8c\x01%c\x93"),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_pickle_takes_no_more_memory_than_its_length_explains(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(costs, "_LEAST", 250_000)
+    before, each = DENSE[name]
+    opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(15_000 // len(each))]
+    data = b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t."
+    tracemalloc.start()
+    with contextlib.suppress(CostlyError):
+        read(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 250_000 + 90 * len(data)  # a dict is there twice while it grows
+
+
+@pytest.mark.parametrize("name", ["sets", "marks", "objects with arguments", "deques", "names"])
+def test_what_is_made_of_a_few_bytes_is_refused_when_it_is_too_much(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_LEAST", 0)
+    before, each = DENSE[name]
+    opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(50_000 // len(each))]
+    with pytest.raises(CostlyError, match="bytes of it take more than"):
+        read(b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t.")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_checkpoints_are_made_of_is_far_from_too_costly(
+    protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_LEAST", 0)
+    weights = {f"layers.{n}.weight": torch.nn.Parameter(torch.zeros(2)) for n in range(300)}
+    zeros = torch.zeros(2)
+    states = {n: {"step": zeros[0], "exp_avg": zeros, "exp_avg_sq": zeros} for n in range(300)}
+    nodes = {}
+    for n in range(300):
+        nodes[f"key_{n}"] = node = Inert(InertGlobal("omegaconf.nodes", "AnyNode"), ())
+        node._inert_state = {"_val": n, "_parent": None, "_metadata": {"flags": None, "key": n}}
+    numbers = [[float(n), n, str(n)] for n in range(300)]
+    for part in (weights, states, nodes, numbers):
+        torch.save(part, tmp_path / "a.ckpt", pickle_protocol=protocol)
+        monkeypatch.setattr(costs, "_MOST", 44)
+        assert len(load(tmp_path / "a.ckpt")) == 300
+
+
+def test_an_error_of_what_is_too_costly_names_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_LEAST", 1_000_000)
+    (tmp_path / "a.ckpt").write_bytes(archived(b"\x80\x04(" + b"\x8f" * 10_000 + b"t."))
+    with pytest.raises(UnsafeCheckpointError, match=r"a\.ckpt: .*memory.*trust=True") as caught:
+        load(tmp_path / "a.ckpt")
+    assert not isinstance(caught.value, CorruptError)
+    assert len(load(tmp_path / "a.ckpt", trust=True)) == 10_000
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_number_of_thousands_of_digits_is_told_and_read_where_python_reads_it(
+    tmp_path: Path, trust: bool
+) -> None:
+    digits = "1" + 5000 * "0"
+    (tmp_path / "a.ckpt").write_bytes(archived(f"L{digits}L\n.".encode()))
+    with pytest.raises(CheckpointError, match=r"more digits than .*max_str_digits\(0\)") as caught:
+        load(tmp_path / "a.ckpt", trust=trust)
+    assert not isinstance(caught.value, CorruptError)
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        assert load(tmp_path / "a.ckpt", trust=trust) == 10**5000
+    finally:
+        sys.set_int_max_str_digits(limit)
+    save(10**5000, tmp_path / "a.ckpt")  # protocol 2 has no digits
+    assert load(tmp_path / "a.ckpt", trust=trust) == 10**5000
+
+
+def test_a_name_without_end_is_refused() -> None:
+    with pytest.raises(CostlyError, match="nested without end"):
+        read(b"\x80\x04" + text("x" * 9_000) + text("y" * 2_000) + b"\x93.")
+
+
 def test_keys_of_one_hash_are_refused_and_others_are_not() -> None:
     colliding = [n * sys.hash_info.modulus for n in range(1, 300)]
     for keys in (colliding, [(n,) for n in colliding]):
         for made in (dict.fromkeys(keys), set(keys), frozenset(keys)):
             for protocol in (2, 4):
-                with pytest.raises(pickle.UnpicklingError, match="keys that have one hash"):
+                with pytest.raises(CostlyError, match="keys that have one hash"):
                     read(pickle.dumps(made, protocol))
     same = b"cx\nA\n\x8a\x0c%b\x85RN"
     inert = b"".join(same % n.to_bytes(12, "little") for n in colliding)
-    with pytest.raises(pickle.UnpicklingError, match="keys that have one hash"):
+    with pytest.raises(CostlyError, match="keys that have one hash"):
         read(b"\x80\x02}(" + inert + b"u.")
     sound = [*range(1000), *(n + 2**64 for n in range(1000)), *((n, -n) for n in range(1000))]
     assert read(pickle.dumps([dict.fromkeys(sound), set(sound)], 4)) == [

@@ -23,8 +23,10 @@ from _anemoi_ckpt.errors import (
     MissingPackageError,
     UnsafeCheckpointError,
 )
+from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.reading import (
     ForbiddenGlobalError,
+    LongNumberError,
     MissingClassError,
     OldTextError,
     StorageOf,
@@ -103,18 +105,10 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         yield
     except (CheckpointError, MemoryError, RecursionError):
         raise
-    except ForbiddenGlobalError as err:
-        raise UnsafeCheckpointError(
-            place,
-            f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
-            "do not trust it; trust=True would run it",
-        ) from err
-    except OldTextError as err:
-        raise CheckpointError(
-            place,
-            f"it has text that is not UTF-8, as Python 2 wrote it ({err})",
-            "load it without trust: such text comes as bytes",
-        ) from err
+    except (ForbiddenGlobalError, CostlyError) as err:
+        raise _unsafe(place, err) from err
+    except (OldTextError, LongNumberError) as err:
+        raise _unread(place, err) from err
     except MissingDtypeError as err:
         wanted = f"torch>={err.since}" if err.since else "a newer torch"
         raise MissingPackageError(place, str(err), f"install {wanted}") from err
@@ -144,6 +138,34 @@ def unreadable(place: object, what: str) -> Iterator[None]:
         raise CorruptError(
             place, f"{what} cannot be read ({err!r:.300})", "fetch or write the file anew"
         ) from err
+
+
+def _unread(place: object, err: Exception) -> CheckpointError:
+    if isinstance(err, LongNumberError):
+        return CheckpointError(
+            place,
+            f"its pickle has a number of more digits than Python reads ({err})",
+            "call sys.set_int_max_str_digits(0) before, if you trust it",
+        )
+    return CheckpointError(
+        place,
+        f"it has text that is not UTF-8, as Python 2 wrote it ({err})",
+        "load it without trust: such text comes as bytes",
+    )
+
+
+def _unsafe(place: object, err: Exception) -> UnsafeCheckpointError:
+    if isinstance(err, CostlyError):
+        return UnsafeCheckpointError(
+            place,
+            f"its pickle takes far more memory or time than its length explains: {err}",
+            "do not trust it; trust=True reads it as Python does, and runs its code",
+        )
+    return UnsafeCheckpointError(
+        place,
+        f"its pickle names {err}, which no checkpoint needs and a hostile one wants",
+        "do not trust it; trust=True would run it",
+    )
 
 
 def read_json(data: bytes, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
 
 NOTHING = object()
@@ -34,7 +35,8 @@ class _UnknownError(Exception):
 
 def made_by_numpy(name: str, *args: Any) -> Any:
     """Make a dtype, a scalar or an array; where arguments are odd, nothing."""
-    if name == "dtype" and isinstance(args[0], str):
+    if name == "dtype" and isinstance(args[0], str) and "," not in args[0]:  # of one type, as
+        # numpy pickles it: the columns of others come as its state
         return np.dtype(args[0], copy=True)  # its state changes it
     if name == "_reconstruct" and args[0] == _NDARRAY:
         return np.ndarray((0,), np.uint8)  # its state comes later
@@ -116,7 +118,7 @@ def _dtype_of_state(obj: Any, *state: Any) -> Any:
         raise _UnknownError
     truth = _described(obj, parts, state)
     if _depth(truth) > _NESTING:
-        raise pickle.UnpicklingError("a dtype that is nested without end")
+        raise CostlyError("a dtype that is nested without end")
     known_size = size in (truth.itemsize, -1) and alignment in (truth.alignment, -1)
     if not known_size or order not in "<>=|" or (flags ^ truth.flags) & _FLAGS:
         return None

@@ -1,32 +1,63 @@
-"""What a pickle may cost: copies, and comparisons of keys, no more than its length explains."""
+"""What a pickle may cost: memory, and comparisons of keys, no more than its length explains."""
 
 from __future__ import annotations
 
 import collections
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from _anemoi_ckpt.pickles.inert import NESTED, NESTING, set_alone
+from _anemoi_ckpt.pickles.inert import NAMESPACES, NESTED, NESTING, set_alone
 from _anemoi_ckpt.pickles.safe import ITEM_TYPES, LIST_TYPES, NUMPY, PLAIN
 
 _COLLISIONS = 200  # most keys of a container with one hash, each of which is compared with all
-_COPIED_LEAST = 1_000_000  # items or bytes that calls may copy from a pickle of any length, and
-_COPIED = 8  # for each of its bytes: what is memoized can be copied again for six
+# Bytes of memory that a pickle of any length may take, and for each of its bytes: what the states
+# of an optimizer take, in the tersest protocol, counts 36 of these.
+_LEAST = 128 * 1024**2
+_MOST = 48
+_TENSOR = 500  # bytes, of a parameter's
+_OBJECT = 220  # of an inert object with its empty containers
+_DIMENSION = 16  # of a tensor's size and stride
+_POINTER = 8  # of an element of a list or a tuple
+_ITEM = 100  # of an item of a dict or a set, which is twice there while it grows
 
-# What copies its arguments, and which of these have a length.
+
+def _weights() -> list[int]:
+    """Give the bytes that each opcode takes, beside those that are its own; marks until the end."""
+    weights = [16] * 256  # of the stack, and of the container that takes it from there
+    for weight, opcodes in (
+        (48, (pickle.INT, pickle.BININT, pickle.BININT2, pickle.FLOAT, pickle.BINFLOAT)),
+        (48, (pickle.LONG, pickle.LONG1, pickle.LONG4)),
+        (80, (pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE)),
+        (80, (pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8)),
+        (80, (pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.BYTEARRAY8)),
+        (72, (pickle.MARK, pickle.EMPTY_LIST, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)),
+        (88, (pickle.EMPTY_DICT,)),
+        (64, (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE)),
+        (160, (pickle.FROZENSET,)),
+        (200, (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST, pickle.BINPERSID)),
+        (240, (pickle.EMPTY_SET,)),
+    ):
+        for opcode in opcodes:
+            weights[opcode[0]] = weight
+    return weights
+
+
+WEIGHTS = _weights()
+
+# What copies its arguments, and what is made of it that has more bytes than an object.
 _COPYING = {
-    *PLAIN,
     *NUMPY,
-    "_codecs.encode",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor",
     "torch._utils._rebuild_device_tensor_from_numpy",
 }
-_SIZED = {str, bytes, bytearray, list, tuple, set, frozenset, dict, *ITEM_TYPES, *LIST_TYPES}
+_STATED = {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"}
+_WEIGHED = {bytes, torch.Size, *(kind for kind, _ in PLAIN.values())} - {*NAMESPACES}
+_LISTS = {list, tuple, *LIST_TYPES}
 # What is made of a group of things that are hashed, and what Python hashes so that nobody finds
 # many with one hash.
 _OF_KEYS = ("builtins.set", "builtins.frozenset")
@@ -37,6 +68,15 @@ def _is_group(arg: Any) -> bool:
     return type(arg) in (list, tuple, set, frozenset)
 
 
+def _parts(state: Any) -> Iterable[Any]:
+    """Give the dicts in a state: of attributes, of slots, or both."""
+    return state if type(state) is tuple else (state,)
+
+
+class CostlyError(pickle.UnpicklingError):
+    """A pickle takes far more memory or time than its length explains."""
+
+
 class Costs:
     """What the objects of one pickle cost, so far."""
 
@@ -44,40 +84,76 @@ class Costs:
         """Take what tells how far the pickle was read."""
         self._tell = tell
         self._hashes: collections.Counter[tuple[int, int]] = collections.Counter()
-        self._copied = 0
+        self._spent = 0
         self._copied_storages: dict[int, torch.Tensor] = {}  # a tensor of each, by its id
+
+    def spend(self, count: int) -> None:
+        """Count bytes of memory.
+
+        Raises:
+            CostlyError: there are far more than in the pickle.
+        """
+        self._spent += count
+        if self._spent > _LEAST and self._spent > _LEAST + _MOST * self._tell():
+            raise CostlyError(
+                f"{self._tell()} bytes of it take more than {self._spent / 1e6:.0f} MB of memory"
+            )
 
     def check_call(self, name: str, args: tuple[Any, ...]) -> None:
         """Check what a class or a function, by its name, is about to copy or to hash."""
         if name in _COPYING:
             self.count_copies(args)
+        if name in _STATED:
+            self.count_copies(part for arg in args[3:] for part in _parts(arg))
         if name in _OF_KEYS:
             for group in filter(_is_group, args):
+                self.count_items(len(group))  # also of those that are the same: each is hashed
                 self.check_keys(args, group)
 
-    def count_copies(self, parts: Any) -> None:
-        """Count the items and bytes of what is about to be copied.
+    def count_made(self, made: Any) -> None:
+        """Count what a call has made."""
+        if type(made) in _WEIGHED or isinstance(made, np.generic):
+            self.spend(sys.getsizeof(made))
+        elif isinstance(made, torch.Tensor):
+            self.spend(_TENSOR + _DIMENSION * made.dim())
+        else:
+            self.spend(_OBJECT)
 
-        Raises:
-            UnpicklingError: there are far more than in the pickle, which copies some many times.
-        """
+    def count_inert(self, args: tuple[Any, ...]) -> None:
+        """Count an inert object, and the arguments that are copied for it."""
+        self.spend(_OBJECT + _POINTER * len(args))
+
+    def count_items(self, count: int) -> None:
+        """Count items that a dict or a set takes."""
+        self.spend(_ITEM * count)
+
+    def count_copies(self, parts: Iterable[Any]) -> None:
+        """Count what is about to be copied."""
         for part in parts:
             if isinstance(part, torch.Tensor):  # whose values are not in the pickle: once is free
                 storage = part.untyped_storage()
                 if self._copied_storages.setdefault(storage._cdata, part) is not part:
-                    self._copied += part.numel() * part.itemsize
+                    self.spend(part.numel() * part.itemsize)
             elif isinstance(part, np.ndarray):
-                self._copied += part.nbytes
-            elif type(part) in _SIZED:
-                self._copied += len(part)
-        if self._copied > _COPIED_LEAST and self._copied > _COPIED * self._tell():
-            raise pickle.UnpicklingError("objects that are copied without end")
+                self.spend(part.nbytes)
+            elif type(part) in (str, bytes):
+                self.spend(len(part))
+            elif type(part) in _LISTS:
+                self.spend(_POINTER * len(part))
+            elif type(part) in ITEM_TYPES:
+                self.count_items(len(part))
+
+    def count_state(self, state: tuple[Any, ...]) -> None:
+        """Count what a dtype or an array of numpy copies from its state."""
+        self.count_copies(state)
+        if getattr(state[2], "kind", None) == "T":  # texts, each however often it stands there
+            self.count_copies(state[-1])
 
     def check_keys(self, container: Any, keys: Any) -> None:
         """Check what is about to be hashed.
 
         Raises:
-            UnpicklingError: that would take for ever, or too many of a container have one hash.
+            CostlyError: that would take for ever, or too many of a container have one hash.
         """
         for key in keys:
             _refuse_endless(key)
@@ -86,7 +162,7 @@ class Costs:
             place = id(container), hash(key)
             self._hashes[place] += 1
             if self._hashes[place] > _COLLISIONS:
-                raise pickle.UnpicklingError("keys that have one hash")
+                raise CostlyError("keys that have one hash")
 
 
 def _refuse_endless(value: Any) -> None:
@@ -107,4 +183,4 @@ def _refuse_endless(value: Any) -> None:
             return
         if count > NESTED:
             break
-    raise pickle.UnpicklingError("a key that is nested without end")
+    raise CostlyError("a key that is nested without end")

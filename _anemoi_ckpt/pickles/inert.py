@@ -300,19 +300,28 @@ def walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
     However deep or cyclic it is: each container is entered once.
     """
-    todo: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
     seen: dict[int, Any] = {}  # by id, which is no other's while it is kept
-
-    while todo:
-        path, item = todo.pop()
-        if id(item) in seen:
-            continue
-        inside = _inside(item, seen)
-        if inside is None:
+    inside = _inside(tree, seen)
+    if inside is None:
+        yield (), tree
+        return
+    seen[id(tree)] = tree
+    # the containers that are open, one in another: the paths of a million elements are not kept
+    levels: list[tuple[tuple[Any, ...], Iterator[Any]]] = [((), iter(inside))]
+    while levels:
+        outer, rest = levels[-1]
+        for key, item in rest:
+            if id(item) in seen:
+                continue
+            path = (*outer, key) if len(outer) < NESTING else outer
+            inside = _inside(item, seen)
+            if inside is not None:
+                seen[id(item)] = item
+                levels.append((path, iter(inside)))
+                break
             yield path, item
         else:
-            seen[id(item)] = item
-            todo += reversed([((*path, key)[:NESTING], value) for key, value in inside])
+            levels.pop()
 
 
 def _inside(item: Any, seen: dict[int, Any]) -> Iterable[tuple[Any, Any]] | None:

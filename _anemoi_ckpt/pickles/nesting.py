@@ -8,13 +8,13 @@ holds: 100,000 of them in each other overflow the stack of C, which ends the pro
 from __future__ import annotations
 
 import collections
-import pickle
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from _anemoi_ckpt.pickles.costs import CostlyError
 from _anemoi_ckpt.pickles.inert import Inert
 
 MOST = 1000  # levels of them: sane ones have three, and a level takes up to 400 bytes of the stack
@@ -31,10 +31,10 @@ def refuse_depth(objects: Sequence[Any]) -> None:
     """Refuse objects of which more than `MOST` are in each other, through whatever lies between.
 
     Raises:
-        UnpicklingError: they are.
+        CostlyError: they are.
     """
     if len(objects) > MOST and _is_too_deep(objects):
-        raise pickle.UnpicklingError("objects that are nested without end")
+        raise CostlyError("objects that are nested without end")
 
 
 def _is_too_deep(objects: Sequence[Any]) -> bool:

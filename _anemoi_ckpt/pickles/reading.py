@@ -18,7 +18,7 @@ import torch
 
 from _anemoi_ckpt.compat import DTYPES_SINCE, MissingDtypeError
 from _anemoi_ckpt.pickles.arrays import BUILTINS, NOTHING, made_by_numpy, stated
-from _anemoi_ckpt.pickles.costs import Costs
+from _anemoi_ckpt.pickles.costs import WEIGHTS, CostlyError, Costs
 from _anemoi_ckpt.pickles.inert import (
     NAMESPACES,
     NEW_OBJECT,
@@ -53,6 +53,7 @@ StorageOf = Callable[[Any], Any]  # from a persistent id to a storage
 
 _OBJECT = InertGlobal("builtins", "object")
 _GETATTR = InertGlobal("builtins", "getattr")
+_SPENT_AT_ONCE = 100_000  # bytes of memory that opcodes take, and that are counted together
 _NAME_LENGTH = 10_000  # most letters of a nested name: sane ones have a hundred
 
 
@@ -66,6 +67,10 @@ class MissingClassError(ImportError):
 
 class OldTextError(ValueError):
     """A pickle of Python 2 has text that is not UTF-8, as torch.load wants it."""
+
+
+class LongNumberError(ValueError):
+    """A pickle of protocol 0 or 1 has a number of more digits than Python reads."""
 
 
 class TrustedCodeError(Exception):
@@ -118,15 +123,25 @@ def unpickle(
 
     Raises:
         ForbiddenGlobalError: it names what no checkpoint needs.
+        CostlyError: it takes far more memory or time than its length explains.
+        LongNumberError: it has a number of thousands of digits.
         OldTextError: with `trust=True`, it has text of Python 2 that is not UTF-8.
         MissingClassError: with `trust=True`, it names what is not installed.
         TrustedCodeError: trusted code raised.
         Exception: as the machine meets them, with a pickle that makes no sense.
     """
     names = {} if names is None else names
-    if trust is True:
-        return _TrustingMachine(file, storage_of, names).load()
-    return _Machine(file, storage_of, trust or {}, names).load()
+    machine = (
+        _TrustingMachine(file, storage_of, names)
+        if trust is True
+        else _Machine(file, storage_of, trust or {}, names)
+    )
+    try:
+        return machine.load()
+    except ValueError as err:
+        if "set_int_max_str_digits" in str(err):  # which a user can call; torch.load raises this
+            raise LongNumberError(str(err)) from err
+        raise
 
 
 _RENAMED_MODULES = {"torch.tensor": "torch._tensor"}  # as torch.load has it
@@ -215,12 +230,37 @@ def _running(given: Any) -> Iterator[None]:
 _PYTHON_MACHINE: Any = pickle._Unpickler  # typeshed does not have it
 
 
+class _First(dict[int, Callable[[Any], None]]):
+    """What begins with any opcode."""
+
+    def __missing__(self, opcode: int) -> Callable[[Any], None]:
+        return functools.partial(_run, opcode)
+
+
+def _run(opcode: int, machine: _Machine) -> None:
+    """Run a machine from an opcode on, and count what each takes, until one of them raises."""
+    read, opcodes, costs = machine.read, machine.opcodes, machine.costs
+    spent = 0
+    while True:
+        spent += WEIGHTS[opcode]
+        if spent > _SPENT_AT_ONCE:
+            costs.spend(spent)
+            spent = 0
+        opcodes[opcode](machine)
+        following = read(1)
+        if not following:
+            raise EOFError
+        opcode = following[0]
+
+
 class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     """The machine without the opcodes that run code; ours in their place."""
 
+    # Python's own loop hands the first opcode to ours, which goes on with all others.
+    dispatch: ClassVar[Mapping[int, Callable[[Any], None]]] = _First()
     # EXT*, which look into a registry of the process, the text PERSID and out-of-band buffers are
     # not among them, nor is whatever a later protocol will bring
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+    opcodes: ClassVar[dict[int, Callable[[Any], None]]] = {
         opcode[0]: _PYTHON_MACHINE.dispatch[opcode[0]]
         for opcode in (
             *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
@@ -239,6 +279,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     stack: list[Any]
     memo: dict[int, Any]
     proto: int
+    read: Callable[[int], bytes]
 
     def __init__(
         self,
@@ -251,7 +292,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         self._storage_of, self._trust, self._names = storage_of, trust, names
         self._trusted_ids = {id(each) for each in trust.values()}
         self._memo_keys: dict[int, list[int]] = {}  # of numpy's objects, by id
-        self._costs = Costs(file.tell)
+        self.costs = Costs(file.tell)
         self._fragile: list[Any] = []  # what frees recursively what it holds
 
     def load(self) -> Any:
@@ -280,7 +321,10 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
                 (module, name), (IMPORT_MAPPING.get(module, module), name)
             )
         module = _RENAMED_MODULES.get(module, module)
+        if len(module) + len(name) > _NAME_LENGTH:
+            raise CostlyError("a name that is nested without end")
         full_name = f"{module}.{name}"
+        self.costs.spend(2 * len(full_name))
         if not full_name.isprintable():  # written back as text, a newline would end the name
             raise pickle.UnpicklingError("a global whose name is no name")
         if module in FORBIDDEN_MODULES:
@@ -301,10 +345,11 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         name = func.full_name if isinstance(func, InertGlobal) else known_names().get(id(func), "")
         if not name and not isinstance(func, Inert) and not callable(func):  # by trusted code
             raise pickle.UnpicklingError(f"a call of a {type(func).__name__}")
-        self._costs.check_call(name, args)
+        self.costs.check_call(name, args)
         for make in (self._made_by_trusted, _made_plain):
             made = make(name, args)
             if made is not NOTHING:
+                self.costs.count_made(made)
                 if frees_recursively(made) and not isinstance(made, np.ndarray):  # of data, so far
                     self._fragile.append(made)
                 return made
@@ -312,7 +357,9 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if name in known() and name not in PLAIN and name != "_codecs.encode":
             made = _made_by_torch(func, args)
             if made is not NOTHING:
+                self.costs.count_made(made)
                 return made
+        self.costs.count_inert(args if new else ())
         if name and not isinstance(func, InertGlobal):  # so that it is known by its name
             func = InertGlobal(*name.rsplit(".", 1))
         inert = Inert(NEW_OBJECT, (func, *args)) if new else Inert(func, args)
@@ -340,8 +387,6 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             outer = InertGlobal(owner.__module__, owner.__qualname__)
         if not isinstance(outer, InertGlobal):
             return NOTHING
-        if len(outer.name) + len(name) > _NAME_LENGTH:
-            raise pickle.UnpicklingError("a name that is nested without end")
         found = self.find_class(outer.module, f"{outer.name}.{name}")
         member = vars(owner).get(name) if isinstance(owner, type) else None
         is_member = isinstance(found, InertGlobal) and isinstance(member, enum.Enum)
@@ -401,15 +446,16 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         elif kind is torch.nn.Parameter:
             obj.__setstate__(state)
         elif issubclass(kind, np.dtype | np.ndarray):
-            self._costs.count_copies(state)
+            self.costs.count_state(state)
             made = stated(obj, state)
             self._replace(obj, made)
             if isinstance(made, np.ndarray) and made.dtype == object:
                 self._fragile.append(made)
         elif kind is io.BytesIO:
+            self.costs.count_copies(state)
             obj.__setstate__(_checked_position(*state))
         elif kind is collections.OrderedDict or kind in NAMESPACES:
-            self._costs.count_copies([state])
+            self.costs.count_copies([state])
             vars(obj).update(state)
         else:
             raise pickle.UnpicklingError(f"state for a {kind.__name__}, which takes none")
@@ -428,7 +474,8 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
             raise pickle.UnpicklingError(f"items set on a {type(target).__name__}")
         pairs = target._inert_pairs if isinstance(target, Inert) else target
         with _running(items) if self._is_trusted(kind) else nullcontext():
-            self._costs.check_keys(pairs, items[::2])
+            self.costs.count_items(len(items) // 2)
+            self.costs.check_keys(pairs, items[::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
                 pairs[key] = value
         if isinstance(target, Inert):
@@ -450,12 +497,14 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         items, target = self.pop_mark(), self.stack[-1]
         if type(target) is not set:
             raise pickle.UnpicklingError(f"items added to a {type(target).__name__}")
-        self._costs.check_keys(target, items)
+        self.costs.count_items(len(items))
+        self.costs.check_keys(target, items)
         target.update(items)
 
     def _make_frozenset(self) -> None:
         items = self.pop_mark()
-        self._costs.check_keys(items, items)
+        self.costs.count_items(len(items))
+        self.costs.check_keys(items, items)
         self.stack.append(frozenset(items))
 
     def _make_dict(self) -> None:
@@ -466,7 +515,7 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
     def _bytearray8(self) -> None:  # the standard one allocates what the file claims
         self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
-    dispatch |= {
+    opcodes |= {
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _new_object,
         pickle.NEWOBJ_EX[0]: _new_object_ex,
@@ -511,7 +560,7 @@ def _noting(load_put: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 for _opcode in (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE):
-    _Machine.dispatch[_opcode[0]] = _noting(_Machine.dispatch[_opcode[0]])
+    _Machine.opcodes[_opcode[0]] = _noting(_Machine.opcodes[_opcode[0]])
 
 
 def _made_plain(name: str, args: tuple[Any, ...]) -> Any:
@@ -563,26 +612,40 @@ def _made_by_torch(func: Any, args: tuple[Any, ...]) -> Any:
     """Call one of torch's own functions as its restricted unpickler does; or nothing."""
     if func is torch._tensor._rebuild_from_type_v2:
         rebuild, cls, given, state = args  # it calls the first with the third
-        if rebuild not in known().values() or isinstance(rebuild, type):
+        if rebuild is func or rebuild not in known().values() or isinstance(rebuild, type):
             return NOTHING
         if isinstance(cls, InertGlobal):
             # the tensor itself in place of how it is made, so that it is found and moved
             made = _made_by_torch(rebuild, given)
             return made if made is NOTHING else Inert(REBUILD_SUBCLASS, (made, cls, state))
+        _refuse_missing_dtypes(given)
+        if _has_inert(given):
+            return NOTHING
         args = (CHECKED.get(rebuild, rebuild), cls, given, state)
     if func is not torch._utils._rebuild_wrapper_subclass:  # which is never built
-        for arg in args:
-            if isinstance(arg, InertGlobal) and arg.module == "torch":
-                raise MissingDtypeError(arg.name)
-    # torch asks things of what it is given, which must not answer from the pickle, nor be a
-    # range as long as it likes
-    if any(isinstance(arg, Inert | InertGlobal | range) for arg in args):
+        _refuse_missing_dtypes(args)
+    if _has_inert(args):
         return NOTHING
     if args and func in MEMORY:
         raise pickle.UnpicklingError(f"{func.__name__} called for memory, not for data")
     if func in _CONSTANTS:
         return _constant(func, args)
     return CHECKED.get(func, func)(*args)
+
+
+def _refuse_missing_dtypes(args: tuple[Any, ...]) -> None:
+    for arg in args:
+        if isinstance(arg, InertGlobal) and arg.module == "torch":
+            raise MissingDtypeError(arg.name)
+
+
+def _has_inert(args: tuple[Any, ...]) -> bool:
+    """Tell whether torch is not to be given these.
+
+    It asks things of what it is given, which must not answer from the pickle, nor be a range as
+    long as it likes.
+    """
+    return any(isinstance(arg, Inert | InertGlobal | range) for arg in args)
 
 
 def _constant(func: Any, args: tuple[Any, ...]) -> Any:
