@@ -934,7 +934,12 @@ def align_variables(  # noqa: PLR0913 - by keyword
     A model of Anemoi's with other steps of input or output keeps those that both have: the first
     steps of output, and the last ones of input. New steps get what new variables do, `new`.
 
-    The result records the target's variables as its own, so a second alignment changes nothing.
+    The result records the target's variables as its own, so a second alignment changes nothing:
+    in ``hyper_parameters``, ``data_indices`` and ``metadata`` are of the target's variables. All
+    else there (``config`` with the counts of steps, ``task``, ``statistics``, ``graph_data``) stays
+    the source's. So give what is saved to a model that its own configuration makes, as `load_into`
+    and ``anemoi-training train`` do, which take from it ``data_indices`` and ``metadata`` alone;
+    ``load_from_checkpoint`` without a ``config`` of your own would make the source's model.
     States of optimizers and averaged weights would be in the old order, so they are dropped. If the
     variables are the same already, the checkpoint is returned as it is.
 
