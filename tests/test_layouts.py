@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from anemoi_ckpt import MismatchError, load_into
-from strategies import align_variables, anemoi_layout, exclude, filter_shapes, transfer_learning
+from strategies import (
+    align_variables,
+    anemoi_layout,
+    exclude,
+    filter_shapes,
+    keep_progress,
+    transfer_learning,
+)
 
 INDEX = {"t": 0, "z": 1, "q": 2, "cos": 3, "tp": 4}
 MOVED = {"z": 0, "q": 1, "t": 2, "cos": 3, "tp": 4}
@@ -688,3 +695,25 @@ def test_a_module_that_was_pickled_whole_tells_its_settings() -> None:
     with pytest.raises(MismatchError, match=r"residual\.datasets\.data\.regressors = q, and the"):
         load_into(model, made(*FEATURES, regressor="q"))
     assert load_into(nn.Linear(2, 2), nn.Linear(2, 2), strict=True)
+
+
+def test_a_hook_sees_the_variables_that_the_weights_have_now() -> None:
+    """Anemoi's takes them for the order of the weights, and compares the data with it."""
+
+    class Training(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.model, self.seen = inner, dict[str, Any]()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            indices = checkpoint["hyper_parameters"]["data_indices"]
+            self.seen = {name: dict(each.name_to_index) for name, each in indices.items()}
+
+    old, new = Training(core()), Training(core(MOVED))
+    parameters = {"data_indices": old.model.data_indices}
+    resumable = {"epoch": 1, "optimizer_states": [{}], "hyper_parameters": parameters}
+    resumable["state_dict"] = dict(old.state_dict())
+    load_into(new, resumable, keep_progress, align_variables(model=new))
+    assert new.seen == {"data": MOVED}
+    load_into(old, resumable, keep_progress)
+    assert old.seen == {"data": INDEX}
