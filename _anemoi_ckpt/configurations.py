@@ -20,6 +20,8 @@ import torch
 from _anemoi_ckpt.layouts import find_core, regressors_of, untruncated
 from _anemoi_ckpt.variables import Variables, few
 
+REMEDY = "configure the model as the checkpoint's, or exclude these tensors"
+
 Path = tuple[str | int, ...]
 Roots = tuple[Any, ...]  # configurations of one model: what the first does not tell, the next may
 
@@ -293,11 +295,21 @@ def _under(root: Any, value: Any, path: Iterable[str | int], references: int) ->
             items = _items(value)
             value = items[key] if key < len(items) else None
         else:
-            value = value.get(key) if isinstance(value, Mapping) else None
+            value = _value(value, key)
         reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
         if reference is not None and references:
             value = _under(root, root, reference[1].split("."), references - 1)
     return value
+
+
+def _value(section: Any, key: str) -> Any:
+    """Give a setting; None for one that OmegaConf refuses, as it refers to what is not there."""
+    if not isinstance(section, Mapping):
+        return None
+    try:
+        return section.get(key)
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return None
 
 
 def _items(value: Any) -> list[Any]:

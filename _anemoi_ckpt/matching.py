@@ -31,7 +31,7 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice, shapes_of
-from _anemoi_ckpt.configurations import Roots, configured_otherwise, read_config
+from _anemoi_ckpt.configurations import REMEDY, Roots, configured_otherwise, read_config
 from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
@@ -409,9 +409,7 @@ def _check_config(
 ) -> None:
     problem = configured_otherwise(model, fitting, original.config, original.variables)
     if problem:
-        raise MismatchError(
-            place, problem, "configure the model as the checkpoint's, or exclude these tensors"
-        )
+        raise MismatchError(place, problem, REMEDY)
 
 
 def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:

@@ -1,5 +1,6 @@
 """What `anemoi_layout` knows, on models shaped like those of anemoi-models 0.19."""
 
+import collections
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -624,6 +625,9 @@ def test_other_attributes_of_edges_are_refused(settings: dict[str, Any], label: 
         with pytest.raises(MismatchError, match=label):
             load_into(model, configured(model, **settings), *chain)
     assert load_into(model, configured(model, **model.config["model"]), strict=True)
+    refusing = collections.UserDict()  # as OmegaConf refuses what refers to something that is gone
+    refusing.get = lambda _key: {}["gone"]  # type: ignore[method-assign]
+    assert load_into(model, configured(model, processor=refusing), strict=True)
     endless = {"processor": {"sub_graph_edge_attributes": "${model.a}"}, "a": "${model.a}"}
     assert load_into(model, configured(model, **endless), strict=True)
 
