@@ -4,6 +4,8 @@ Anemoi's models keep the sines and cosines of their nodes' latitudes and longitu
 weights: ``node_attributes.latlons_{nodes}`` (anemoi/models/layers/graph.py, NamedNodesAttributes).
 A model with as many nodes in other places has other coordinates there. It would get the
 checkpoint's, and with these the trainable values of other nodes and edges.
+
+Ground floor: it imports torch and the standard library alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[test,anemoi]'
     pip install --no-deps anemoi-models==0.19.0 anemoi-graphs==0.9.8  # or leave it at 0.13
-    python benchmarks/transfer.py [--seeds N]
+    python benchmarks/transfer.py [--seeds N] [--kinds GNN …]
 
 Trains a real encoder-processor-decoder of anemoi-models (of each kind of mapper) on made-up
 weather: states of coupled variables on a few nodes, driven by forcings. Then it goes on with other
@@ -149,12 +149,13 @@ def measured(kind: str, seed: int, folder: Path) -> dict[str, Sequence[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)
     print(f"anemoi-models {'.'.join(map(str, VERSION))}, {given.seeds} seeds")
-    for kind in KINDS:
+    for kind in given.kinds:
         with tempfile.TemporaryDirectory() as folder:
             runs = [measured(kind, seed, Path(folder)) for seed in range(given.seeds)]
         before = sum(run["before"][0] for run in runs) / len(runs)
