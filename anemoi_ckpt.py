@@ -942,8 +942,11 @@ def load_callback(
     ``_target_: anemoi_ckpt.load_callback`` and
     ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``.
 
-    What was loaded is logged. A run that is resumed goes on with its own weights, which Lightning
-    loads after these.
+    What was loaded is logged. The weights are in the order of the model's variables then, with
+    which Anemoi's own check compares the data: no ``_ckpt_model_name_to_index`` tells it others, as
+    after a run is resumed, whose checkpoint has them in ``data_indices``.
+
+    A run that is resumed goes on with its own weights, which Lightning loads after these.
 
     Args:
         uri: where the checkpoint is.
@@ -956,7 +959,7 @@ def load_callback(
         TypeError: a strategy is not a function, or `load_into` has no such option.
         MissingPackageError: Lightning is not installed.
     """
-    return make_callback(_filling("load_callback", uri, strategies, recipe, options))
+    return make_callback(_filling("load_callback", uri, strategies, {"recipe": recipe, **options}))
 
 
 @takes_strategies
@@ -980,12 +983,7 @@ def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **opt
 
 @takes_strategies
 @public
-def loading_stage(
-    uri: str | os.PathLike[str] | URI,
-    *strategies: Strategy,
-    recipe: Recipe | Sequence[Recipe] = (),
-    **options: Any,
-) -> Any:
+def loading_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **options: Any) -> Any:
     """Make a stage that loads into the model, for the pipeline of anemoi-training.
 
     It brings what it needs by itself: no source stands before it.
@@ -993,23 +991,20 @@ def loading_stage(
     Args:
         uri: as for `load_callback`.
         strategies: as for `load_callback`.
-        recipe: as for `load_callback`.
-        options: as for `load_callback`.
+        options: what else `load_callback` takes by keyword, `recipe` before all.
 
     Raises:
         TypeError: as for `load_callback`.
     """
-    return PlaceLoader(_filling("loading_stage", uri, strategies, recipe, options))
+    return PlaceLoader(_filling("loading_stage", uri, strategies, options))
 
 
 def _filling(
-    caller: str,
-    uri: Any,
-    strategies: Sequence[Strategy],
-    recipe: Recipe | Sequence[Recipe],
-    options: Mapping[str, Any],
+    caller: str, uri: Any, strategies: Sequence[Strategy], options: Mapping[str, Any]
 ) -> Callable[[torch.nn.Module], Report]:
-    """Check the arguments of a later `load_into`, and give what does it."""
+    """Check the arguments of a later `load_into` and its `recipe`, and give what does it."""
+    options = dict(options)
+    recipe: Recipe | Sequence[Recipe] = options.pop("recipe", ())
     inspect.signature(load_into).bind(None, uri, **options)  # a typing error is told now
     checked(caller, uri, strategies, options.get("trust", False))
     several = isinstance(recipe, Sequence) and not isinstance(recipe, str)

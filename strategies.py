@@ -53,7 +53,7 @@ from _anemoi_ckpt.arguments import (
     state_dict_of,
 )
 from _anemoi_ckpt.calls import brief
-from _anemoi_ckpt.combining import average_state_dicts, merge_state_dicts
+from _anemoi_ckpt.combining import average_state_dicts, in_one_order, merge_state_dicts
 from _anemoi_ckpt.comparing import describe_differences, prefix_advice, shapes_of
 from _anemoi_ckpt.describing import in_units_of
 from _anemoi_ckpt.edges import align_edges_of
@@ -724,7 +724,7 @@ def average(*others: Any) -> Strategy:
 
     Raises:
         ValueError: there is no other checkpoint, or one has no state dict; (the strategy) names or
-            shapes differ.
+            shapes differ, or the variables, where both sides know them.
 
     >>> average({"a": torch.tensor([3.0])})({"a": torch.tensor([1.0])})
     {'a': tensor([2.])}
@@ -734,7 +734,8 @@ def average(*others: Any) -> Strategy:
     if not others:
         raise ValueError("average needs at least one other checkpoint")
     state_dicts = [weights(other) for other in others]
-    return on_weights(functools.partial(average_state_dicts, others=state_dicts))
+    averaged = on_weights(functools.partial(average_state_dicts, others=state_dicts))
+    return in_one_order("average", others, averaged)
 
 
 @factory
@@ -749,7 +750,8 @@ def merge(*others: Any, clash: Literal["warn", "last", "first", "error"] = "warn
 
     Raises:
         ValueError: there is no other checkpoint, or one has no state dict; `clash` has another
-            value; (the strategy) names clash, and `clash` is ``"error"``.
+            value; (the strategy) names clash, and `clash` is ``"error"``, or variables stand
+            elsewhere, where both sides know them.
 
     >>> merge({"decoder": torch.zeros(1)})({"encoder": torch.ones(1)})
     {'encoder': tensor([1.]), 'decoder': tensor([0.])}
@@ -761,7 +763,8 @@ def merge(*others: Any, clash: Literal["warn", "last", "first", "error"] = "warn
     if clash not in ("warn", "last", "first", "error"):
         raise ValueError(f"merge takes clash='warn', 'last', 'first' or 'error', not {clash!r}")
     state_dicts = [weights(other) for other in others]
-    return on_weights(functools.partial(merge_state_dicts, others=state_dicts, clash=clash))
+    merged = on_weights(functools.partial(merge_state_dicts, others=state_dicts, clash=clash))
+    return in_one_order("merge", others, merged)
 
 
 # ── progress ──────────────────────────────────────────────────────────────────────────────────
@@ -934,7 +937,12 @@ def align_variables(  # noqa: PLR0913 - by keyword
     A model of Anemoi's with other steps of input or output keeps those that both have: the first
     steps of output, and the last ones of input. New steps get what new variables do, `new`.
 
-    The result records the target's variables as its own, so a second alignment changes nothing.
+    The result records the target's variables as its own, so a second alignment changes nothing:
+    in ``hyper_parameters``, ``data_indices`` and ``metadata`` are of the target's variables. All
+    else there (``config`` with the counts of steps, ``task``, ``statistics``, ``graph_data``) stays
+    the source's. So give what is saved to a model that its own configuration makes, as `load_into`
+    and ``anemoi-training train`` do, which take from it ``data_indices`` and ``metadata`` alone;
+    ``load_from_checkpoint`` without a ``config`` of your own would make the source's model.
     States of optimizers and averaged weights would be in the old order, so they are dropped. If the
     variables are the same already, the checkpoint is returned as it is.
 

@@ -33,7 +33,7 @@ from _anemoi_ckpt.anatomy import (
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.globs import choose
 from _anemoi_ckpt.layouts import suspect_axis
-from _anemoi_ckpt.leads import other_steps
+from _anemoi_ckpt.leads import other_steps, own_steps
 from _anemoi_ckpt.tensors import change_tensors, is_strided, snapshot, tensor_names, view_key
 from _anemoi_ckpt.variables import Variables, few, read_checkpoint
 
@@ -71,7 +71,8 @@ def find_alignment(
         raise MismatchError(
             UNPLACED, "it has none of the layout's tensors", f"it has: {few(state_dict)}"
         )
-    return Alignment({d: pair for d, pair in pairs.items() if d in present}, tensors, steps)
+    own = own_steps(layout.entries for layout in layouts.values()) if steps else {}
+    return Alignment({d: pair for d, pair in pairs.items() if d in present}, tensors, steps, own)
 
 
 def align(

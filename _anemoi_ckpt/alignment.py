@@ -237,12 +237,27 @@ def _runs(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def _places(parts: Sequence[Part]) -> list[Any]:
-    """Give each part its place, which does not depend on the count of steps."""
-    return [
-        (place, part.at) if isinstance(part, Step) else place
-        for place, run in enumerate(_runs(parts))
-        for part in run
-    ]
+    """Give each part its place, which does not depend on the count of steps.
+
+    Forcing and prognostic variables that are read apart have one place: the model reads the same
+    numbers of a variable whose role has changed.
+
+    >>> _places([4, *in_steps("forcing", "input", 1), *in_steps("prognostic", "input", 1)])
+    [0, (('read', 1), -1), (('read', 1), -1)]
+    """
+    places: list[Any] = []
+    read: dict[str, int] = {}  # how often, by group
+    for number, run in enumerate(_runs(parts)):
+        place: Any = number
+        first = run[0]
+        if isinstance(first, Step) and first.kind == "input" and first in _READ_APART:
+            read[first] = read.get(first, 0) + 1
+            place = ("read", read[first])
+        places += [(place, part.at) if isinstance(part, Step) else place for part in run]
+    return places
+
+
+_READ_APART = ("forcing", "prognostic")
 
 
 def with_steps(parts: Sequence[Part], counts: Mapping[str, int]) -> list[Part]:
@@ -293,6 +308,7 @@ class Alignment:
     pairs: dict[str, tuple[Variables, Variables]]
     tensors: dict[str, tuple[str, Any]]  # by name: the dataset, and the entry of its layout
     steps: Mapping[str, int] = field(default_factory=dict)  # the checkpoint's, if others, by kind
+    own: Mapping[str, int] = field(default_factory=dict)  # the model's, in that case
 
 
 def known_variables(

@@ -6,15 +6,48 @@ Ground floor: `strategies` imports this module, so it imports torch and the stan
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from _anemoi_ckpt.anatomy import like, versions_of, with_versions
 from _anemoi_ckpt.calls import level_of_user
 from _anemoi_ckpt.comparing import describe_differences, shapes_of
+from _anemoi_ckpt.describing import differing_units, read_units
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
+from _anemoi_ckpt.misplaced import changes, moves, paired_variables
 from _anemoi_ckpt.tensors import change_tensors, is_inexact, mean, view_key
-from _anemoi_ckpt.variables import few
+from _anemoi_ckpt.variables import few, read_checkpoint
+
+
+def in_one_order(
+    verb: str, others: Sequence[Any], combine: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """Let a strategy that combines checkpoints refuse those whose variables stand elsewhere.
+
+    Args:
+        verb: what it does with them, for the error.
+        others: the checkpoints that another one is combined with.
+        combine: the strategy.
+    """
+    known = [(read_checkpoint(other), read_units(other)) for other in others]
+
+    def combined(checkpoint: Any) -> Any:
+        variables, units = read_checkpoint(checkpoint), read_units(checkpoint)
+        for number, (theirs, their_units) in enumerate(known, 1):
+            pairs = paired_variables(theirs, variables)
+            pairs = {d: (old, new) for d, (old, new) in pairs.items() if moves(old, new)}
+            units_differ = differing_units(their_units, units)
+            if pairs or units_differ:
+                raise MismatchError(
+                    UNPLACED,
+                    f"the variables of checkpoint {number} to {verb} with are not the same here:"
+                    f" {changes(pairs) or few(units_differ)}",
+                    "put both through align_variables(model=model) before; weights(checkpoint)"
+                    " tells no variables, for tensors that do not run over them",
+                )
+        return combine(checkpoint)
+
+    return combined if any(variables for variables, _ in known) else combine
 
 
 def average_state_dicts(

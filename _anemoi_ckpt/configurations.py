@@ -1,30 +1,47 @@
 """What the configurations of a checkpoint and a model say of channels, and no shape tells.
 
+A checkpoint of a training run keeps its configuration among its hyper-parameters. A module that was
+pickled whole has lost it (anemoi-training sets it to None before it pickles), but its own parts
+tell most of it.
+
 Ground floor: `strategies` imports this module, so it imports torch and the standard library alone.
+
+compare · settings · read
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from _anemoi_ckpt.layouts import find_core, regressors_of
+from _anemoi_ckpt.layouts import find_core, regressors_of, untruncated
 from _anemoi_ckpt.variables import Variables, few
 
-Setting = tuple[str, tuple[str | int, ...], list[str]]  # prefix of tensors, path, the model's value
+REMEDY = "configure the model as the checkpoint's, or exclude these tensors"
+
+Path = tuple[str | int, ...]
+Roots = tuple[Any, ...]  # configurations of one model: what the first does not tell, the next may
 
 
-def read_config(checkpoint: Any) -> Any:
-    """Give the section ``model`` of the configuration among a checkpoint's hyper-parameters."""
-    return _item(checkpoint, "hyper_parameters", "config", "model")
+class Setting(NamedTuple):
+    """A setting that orders channels, on both sides; empty where it is unknown."""
+
+    pattern: str  # of the names of the tensors that depend on it, below the core
+    label: str
+    theirs: list[str]
+    own: list[str]
+
+
+# ── compare ───────────────────────────────────────────────────────────────────────────────────
 
 
 def configured_otherwise(
     model: torch.nn.Module,
     names: Collection[str],
-    config: Any,
+    config: Roots,
     source: Mapping[str, Variables],
 ) -> str:
     """Describe the tensors whose channels the configurations order in another way; or empty.
@@ -32,61 +49,267 @@ def configured_otherwise(
     Args:
         model: the model that would take the tensors.
         names: the tensors' names in the model.
-        config: the configuration of the checkpoint that they are from, as `read_config` gives it.
+        config: of the checkpoint that they are from, as `read_config` gives it.
         source: the variables of that checkpoint; one dataset alone may have another name here.
     """
     try:
         prefix, core = find_core(model)
     except ValueError:  # not a model of anemoi-models
         return ""
-    routes = _routes(core) if len(source) > 1 else iter(())
-    known = {name for variables in source.values() for name in variables.index}
-    for front, path, value in (*_settings(core), *routes):
-        theirs = _texts(_item(config, *path))
-        if path[-1] == "variables":  # those that a dataset lacks are left out
-            theirs = [name for name in theirs if name in known]
-        affected = [name for name in names if name.startswith(prefix + front)]
-        if affected and theirs and theirs != value:
+    own = ({"model": _described(core)}, *_configs_of(model))
+    for setting in _settings(own, config, source):
+        pattern = re.compile(re.escape(prefix) + setting.pattern)
+        affected = [name for name in names if pattern.fullmatch(name)]
+        if affected and setting.theirs and setting.own and setting.theirs != setting.own:
             return (
-                f"the checkpoint was configured with {'.'.join(map(str, path))} = {few(theirs)},"
-                f" and the model with {few(value)}, which {len(affected)} tensors depend on:"
+                f"the checkpoint was configured with {setting.label} = {few(setting.theirs)},"
+                f" and the model with {few(setting.own)}, which {len(affected)} tensors depend on:"
                 f" {few(affected)}"
             )
     return ""
 
 
-def _settings(core: Any) -> Iterator[Setting]:
+# ── settings ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _settings(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Iterator[Setting]:
     """List the settings that order channels."""
-    for key, target in getattr(core, "decoders_target_input", {}).items():
-        features = [feature.name for feature in target.features]
-        yield f"decoder.{key}.emb_nodes_dst.", ("decoders", key, "target_node_features"), features
-    for dataset, residual in getattr(core, "residual", {}).items():
-        names = regressors_of(core, dataset, residual)
-        yield f"residual.{dataset}.", ("residual", "datasets", dataset, "regressors"), names
-    for dataset, boundings in core.boundings.items():
-        for place, bounding in enumerate(boundings):
-            names = list(getattr(bounding, "variables", ()))
-            path = ("bounding", "datasets", dataset, place, "variables")
-            yield f"boundings.{dataset}.{place}.norm_min_val", path, names
+    yield from _features(own, config)
+    yield from _residuals(own, config)
+    yield from _bounded(own, config, source)
+    yield from _edges(own, config)
+    yield from _routes(own, config, source)
+    yield from _aggregated(own, config)
 
 
-def _routes(core: Any) -> Iterator[Setting]:
-    """List which datasets go through which encoder and decoder."""
-    for key, datasets in getattr(core, "encoder2datasets", {}).items():
-        yield f"encoder.{key}.", ("encoders", key, "source_datasets"), list(datasets)
-    for key, datasets in getattr(core, "decoder2datasets", {}).items():
-        yield f"decoder.{key}.", ("decoders", key, "target_datasets"), list(datasets)
+def _features(own: Roots, config: Roots) -> Iterator[Setting]:
+    for key in _keys(own, "decoders"):
+        path: Path = ("decoders", key, "target_node_features")
+        yield _setting(rf"decoder\.{re.escape(key)}\.emb_nodes_dst\..*", own, config, path)
 
 
-def _item(config: Any, *path: str | int) -> Any:
-    """Give the item at a path of a configuration, inert or not; None if there is none."""
+def _residuals(own: Roots, config: Roots) -> Iterator[Setting]:
+    for dataset in _keys(own, "residual", "datasets"):
+        front, section = rf"residual\.{re.escape(dataset)}\.", ("residual", "datasets", dataset)
+        yield _setting(f"{front}.*", own, config, (*section, "regressors"))
+        skipped = _setting(
+            f"{front}(filter|walias)", own, config, (*section, "skip_truncate_variables")
+        )
+        yield skipped._replace(theirs=sorted(skipped.theirs), own=sorted(skipped.own))
+
+
+def _bounded(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Iterator[Setting]:
+    known = {name for variables in source.values() for name in variables.index}
+    for dataset in _keys(own, "bounding", "datasets"):
+        for place, _ in enumerate(_items(_item(own, "bounding", "datasets", dataset))):
+            path: Path = ("bounding", "datasets", dataset, place, "variables")
+            pattern = rf"boundings\.{re.escape(dataset)}\.{place}\.norm_min_val"
+            setting = _setting(pattern, own, config, path)
+            # those that a dataset lacks are left out
+            yield setting._replace(theirs=[name for name in setting.theirs if name in known])
+
+
+# what multiplies the attributes of edges, in mappers and processors (anemoi/models/layers)
+_OF_EDGES = r"\.(.*\.)?(emb_edges|lin_edge|edge_pre_mlp)\..*"
+_LEVELS = {  # modules between the mappers, and the section with the attributes of their edges
+    "processor": "processor",
+    "(down|up)_level_processor": "processor",
+    "upscale": "upscale_mapper",
+    "downscale": "downscale_mapper",
+}
+
+
+def _edges(own: Roots, config: Roots) -> Iterator[Setting]:
+    """List the attributes of edges, which stand in the order of the configuration."""
+    attributes = "sub_graph_edge_attributes"
+    for side in ("encoder", "decoder"):
+        for key in _keys(own, f"{side}s"):  # from anemoi-models 0.19 on; before, one for all
+            front = rf"{side}\.{re.escape(key)}"
+            paths: list[Path] = [(f"{side}s", key, "mapper", attributes), (side, attributes)]
+            yield _setting(front + _OF_EDGES, own, config, *paths)
+        yield _setting(rf"{side}\.\w+{_OF_EDGES}", own, config, (side, attributes))
+    for module, section in _LEVELS.items():
+        yield _setting(module + _OF_EDGES, own, config, (section, attributes))
+
+
+def _routes(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Iterator[Setting]:
+    """List which datasets go through which encoder and decoder.
+
+    An encoder may be there for more datasets than before, or for fewer.
+    """
+    for side, what in (("encoder", "source_datasets"), ("decoder", "target_datasets")):
+        sections = {key: (f"{side}s", key, what) for key in _keys(own, f"{side}s")}
+        here = {name for path in sections.values() for name in _texts(_item(own, *path))}
+        if len(source) == 1 and source.keys().isdisjoint(here):
+            continue
+        for key, path in sections.items():
+            setting = _setting(rf"{side}\.{re.escape(key)}\..*", own, config, path)
+            theirs, ours = set(setting.theirs), set(setting.own)
+            if not (theirs <= ours or ours <= theirs):
+                yield setting
+
+
+def _aggregated(own: Roots, config: Roots) -> Iterator[Setting]:
+    """List the datasets whose channels stand side by side behind the encoders."""
+
+    def order(roots: Roots) -> list[str]:
+        kind = str(_item(roots, "latent_aggregator", "_target_"))
+        if kind.rpartition(".")[2] != "ConcatAggregator":
+            return []
+        keys = _keys(roots, "encoders")
+        return [n for key in keys for n in _texts(_item(roots, "encoders", key, "source_datasets"))]
+
+    theirs, ours = order(config), order(own)
+    if len(ours) > 1:
+        modules = "|".join(("decoder", *_LEVELS))
+        yield Setting(rf"({modules})\..*", "the latents of encoders", theirs, ours)
+
+
+def _setting(pattern: str, own: Roots, config: Roots, *paths: Path) -> Setting:
+    """Read a setting from the first of several places that tells it, on each side."""
+    ours, theirs = (
+        next(filter(None, (_texts(_item(roots, *path)) for path in paths)), list[str]())
+        for roots in (own, config)
+    )
+    return Setting(pattern, ".".join(map(str, paths[0])), theirs, ours)
+
+
+# ── read ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_config(checkpoint: Any) -> Roots:
+    """Read the configuration of the model that a checkpoint is of, as far as it is known.
+
+    It is ``config`` among the hyper-parameters, or what a module that was pickled whole tells.
+    """
+    told = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
+    configs = [told["config"]] if isinstance(told, Mapping) and "config" in told else []
+    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
+    for module in modules:
+        core = _core_of(module) if hasattr(module, "state_dict") else None
+        if core is not None:
+            configs += [{"model": _described(core)}, getattr(module, "config", None)]
+    return tuple(configs)
+
+
+def _configs_of(model: torch.nn.Module) -> Iterator[Any]:
+    """Give the configurations that the modules of a model keep."""
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), Mapping):
+            yield module.config
+
+
+def _core_of(module: Any) -> Any:
+    """Find the encoder-processor-decoder in a module that was pickled whole; or None."""
+    for _ in range(3):  # of the interface, which may be in a training module
+        if all(hasattr(module, name) for name in ("encoder", "decoder", "boundings")):
+            return module
+        module = getattr(module, "model", None)
+    return None
+
+
+_FEATURES = {  # classes of anemoi/models/layers/target_features.py, by the name in a configuration
+    "EncodedDataFeature": "encoded_data",
+    "CoordinatesFeature": "coordinates",
+    "TrainableParametersFeature": "trainable_parameters",
+    "InputForcingsFeature": "forcings",
+    "PrognosticsFeature": "prognostics",
+}
+
+
+def _described(core: Any) -> dict[str, Any]:
+    """Describe a core, built or pickled, as the section ``model`` of a configuration does."""
+    routes = {side: dict(getattr(core, f"{side}2datasets", {})) for side in ("encoder", "decoder")}
+    targets = dict(getattr(core, "decoders_target_input", {}))
+    residuals = _children(getattr(core, "residual", {}))
+    boundings = _children(core.boundings)
+    aggregator = _class_name(getattr(core, "latent_aggregator", None))
+    return {
+        "encoders": {key: {"source_datasets": each} for key, each in routes["encoder"].items()},
+        "decoders": {
+            key: {
+                "target_datasets": routes["decoder"].get(key, ()),
+                "target_node_features": [
+                    _feature_name(each) for each in getattr(targets.get(key), "features", ())
+                ],
+            }
+            for key in routes["decoder"] | targets
+        },
+        "residual": {
+            "datasets": {
+                dataset: {
+                    "regressors": regressors_of(core, dataset, residual),
+                    "skip_truncate_variables": untruncated(core, dataset, residual),
+                }
+                for dataset, residual in residuals.items()
+            }
+        },
+        "bounding": {
+            "datasets": {
+                dataset: [{"variables": getattr(each, "variables", ())} for each in several]
+                for dataset, several in (
+                    (d, _children(each).values()) for d, each in boundings.items()
+                )
+            }
+        },
+        "latent_aggregator": {"_target_": aggregator},
+    }
+
+
+def _feature_name(feature: Any) -> str:
+    """Name a feature of targets; one that was pickled tells its class alone."""
+    kind = _class_name(feature)
+    return _FEATURES.get(kind) or str(getattr(feature, "name", kind))
+
+
+def _children(container: Any) -> Mapping[str, Any]:
+    """Give the modules in a container of modules, built or pickled."""
+    children: Mapping[str, Any] = getattr(container, "_modules", container)
+    return children
+
+
+def _class_name(value: Any) -> str:
+    """Name the class of an object, inert or not."""
+    return str(getattr(value, "inert_class", type(value).__name__)).rpartition(".")[2]
+
+
+def _keys(roots: Roots, *path: str) -> list[str]:
+    section = _item(roots, *path)
+    return [str(key) for key in section] if isinstance(section, Mapping) else []
+
+
+def _item(roots: Roots, *path: str | int) -> Any:
+    """Give what the first of several configurations tells at a path in its section ``model``."""
+    found = (_under(root, root, ("model", *path), _REFERENCES) for root in roots)
+    return next((value for value in found if value is not None), None)
+
+
+_REFERENCES = 8  # from one setting to another, at most
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # OmegaConf's, to a path from the root
+
+
+def _under(root: Any, value: Any, path: Iterable[str | int], references: int) -> Any:
+    """Give the item of a configuration, inert or not, at a path; None if there is none."""
     for key in path:
         if isinstance(key, int):
-            items = _items(config)
-            config = items[key] if key < len(items) else None
+            items = _items(value)
+            value = items[key] if key < len(items) else None
         else:
-            config = config.get(key) if isinstance(config, Mapping) else None
-    return config
+            value = _value(value, key)
+        reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if reference is not None and references:
+            value = _under(root, root, reference[1].split("."), references - 1)
+    return value
+
+
+def _value(section: Any, key: str) -> Any:
+    """Give a setting; None for one that OmegaConf refuses, as it refers to what is not there."""
+    if not isinstance(section, Mapping):
+        return None
+    try:
+        return section.get(key)
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return None
 
 
 def _items(value: Any) -> list[Any]:

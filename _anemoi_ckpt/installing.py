@@ -40,6 +40,7 @@ from _anemoi_ckpt.matching import (
     tensors_of,
     with_keys,
 )
+from _anemoi_ckpt.nodes import check_nodes
 from _anemoi_ckpt.ranks import Ranks
 from _anemoi_ckpt.tensors import is_inexact, is_strided, loses_values
 
@@ -63,14 +64,16 @@ def install(
     to. The match is used up; the result is the match as the model itself tells it.
 
     Raises:
-        MismatchError: the model, an optimizer or a scheduler refused. Then nothing has changed,
-            here or on the other ranks.
+        MismatchError: the model, an optimizer or a scheduler refused, or the model's nodes are in
+            other places. Then nothing has changed, here or on the other ranks.
     """
     take = _take_shards if any(map(is_sharded, model.parameters())) else _take
     with ExitStack() as undo:
 
         def act() -> _Taken:
-            return take(model, _hooked(model, match, terms, undo), receivers, terms, undo)
+            hooked = _hooked(model, match, terms, undo)
+            check_nodes(terms.place, tensors_of(model), hooked.fitting)
+            return take(model, hooked, receivers, terms, undo)
 
         taken = act() if ranks is None else ranks.together(act)
         undo.pop_all()

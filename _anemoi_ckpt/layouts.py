@@ -279,7 +279,9 @@ def _layout_of_residual(
     if not hasattr(residual, "_regressors_input_idx"):
         return {}
     rows = {0: [2, regressors_of(core, dataset, residual)], 1: ["prognostic"]}
-    truncated = {0: [_inputs_at(core, dataset, getattr(residual, "_truncation_input_idx", ()))]}
+    filtered = _inputs_at(core, dataset, getattr(residual, "_truncation_input_idx", ()))
+    is_whole = hasattr(residual, "_internal_input_idx") and not untruncated(core, dataset, residual)
+    truncated = {0: ["prognostic" if is_whole else filtered]}
     entries = {"weight": rows, "muzero": rows, "filter": truncated, "walias": truncated}
     front = f"{prefix}residual.{dataset}."
     return {front + name: entry for name, entry in entries.items() if front + name in tensors}
@@ -288,6 +290,13 @@ def _layout_of_residual(
 def regressors_of(core: Any, dataset: str, residual: Any) -> list[str]:
     """Give the variables that a residual has a row of weights for; none if it has no such rows."""
     return _inputs_at(core, dataset, getattr(residual, "_regressors_input_idx", ()))
+
+
+def untruncated(core: Any, dataset: str, residual: Any) -> list[str]:
+    """Give the prognostic variables that a residual with a filter leaves out of it; else none."""
+    filtered = set(map(int, getattr(residual, "_truncation_input_idx", ())))
+    prognostic = map(int, getattr(residual, "_internal_input_idx", ()) if filtered else ())
+    return _inputs_at(core, dataset, [place for place in prognostic if place not in filtered])
 
 
 def _inputs_at(core: Any, dataset: str, positions: Iterable[Any]) -> list[str]:

@@ -31,10 +31,11 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice, shapes_of
-from _anemoi_ckpt.configurations import configured_otherwise, read_config
+from _anemoi_ckpt.configurations import REMEDY, Roots, configured_otherwise, read_config
 from _anemoi_ckpt.describing import Units, check_units, read_units
 from _anemoi_ckpt.edges import check_optimizer, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.leadtimes import Times, read_times
 from _anemoi_ckpt.migrating import missing, registered
 from _anemoi_ckpt.misplaced import misplaced
 from _anemoi_ckpt.steps import alignment_of, parts_of, run
@@ -61,10 +62,11 @@ class Original:
     shapes: Mapping[str, Shape | None]
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
-    config: Any  # of the model that they are from, as far as it is known
+    config: Roots  # of the model that they are from, as far as it is known
     alignment: Alignment  # with other variables, so far
     pending: tuple[str, ...]  # Anemoi's migrations that it has not had
     units: Units  # of the variables, as the last checkpoint that knew them had them
+    times: Times  # of the steps of the weights, as far as they are known
 
 
 @frozen
@@ -127,6 +129,7 @@ def _begin(checkpoint: Any) -> Tracked:
             Alignment({}, {}),
             missing(checkpoint),
             read_units(checkpoint),
+            read_times(checkpoint),
         ),
     )
 
@@ -180,7 +183,12 @@ def _realigned(original: Original, alignment: Alignment) -> Original:
     return evolve(
         original,
         variables={**others, **{d: new for d, (_, new) in alignment.pairs.items()}},
-        alignment=Alignment(so_far.pairs | first, so_far.tensors | alignment.tensors),
+        alignment=Alignment(
+            so_far.pairs | first,
+            so_far.tensors | alignment.tensors,
+            so_far.steps or alignment.steps,
+            alignment.own or so_far.own,
+        ),
     )
 
 
@@ -401,9 +409,7 @@ def _check_config(
 ) -> None:
     problem = configured_otherwise(model, fitting, original.config, original.variables)
     if problem:
-        raise MismatchError(
-            place, problem, "configure the model as the checkpoint's, or exclude these tensors"
-        )
+        raise MismatchError(place, problem, REMEDY)
 
 
 def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:

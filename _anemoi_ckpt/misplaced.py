@@ -45,7 +45,7 @@ def misplaced(
         source: the variables of the checkpoint that the tensors are from.
         shapes: of all tensors that the checkpoint has.
     """
-    pairs = _paired_variables(source, read_model(model))
+    pairs = paired_variables(source, read_model(model))
     layouts = _layouts(model) if pairs else {}
     own = own_steps(layouts.values())
     wanted = shapes_of(weights_of(model)) if own else {}
@@ -60,18 +60,23 @@ def misplaced(
             f"the checkpoint has {described(steps)}, and the model {described(own)};"
             f" {len(affected)} tensors that fit by their shape run over them: {few(affected)}"
         )
+    return (
+        f"the checkpoint's variables are not where the model has them ({changes(pairs)}), and"
+        f" {len(affected)} tensors that fit by their shape run over them: {few(affected)}"
+    )
+
+
+def changes(pairs: Mapping[str, tuple[Variables, Variables]]) -> str:
+    """Describe how the variables of datasets differ."""
     details = [
         (f"{dataset}: " if len(pairs) > 1 else "")
         + "; ".join(filter(None, [differences(old.index, new.index), ", ".join(recast(old, new))]))
         for dataset, (old, new) in pairs.items()
     ]
-    return (
-        f"the checkpoint's variables are not where the model has them ({', '.join(details)}), and"
-        f" {len(affected)} tensors that fit by their shape run over them: {few(affected)}"
-    )
+    return ", ".join(details)
 
 
-def _paired_variables(
+def paired_variables(
     source: Mapping[str, Variables], target: Mapping[str, Variables]
 ) -> dict[str, tuple[Variables, Variables]]:
     """Pair the variables of datasets, with the roles that both sides know."""
@@ -98,7 +103,7 @@ def _affected(
 ) -> list[str]:
     """List the tensors that would give a variable the slices of another one."""
     if not layouts:  # an unknown layout: every tensor may run over variables
-        moved = any(_moves(old, new) for old, new in pairs.values())
+        moved = any(moves(old, new) for old, new in pairs.values())
         return list(names) if moved else []
     unknown = unknown_tensors(model, layouts)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -112,7 +117,7 @@ def _affected(
     return [name for name in names if any(clashes(name, dataset) for dataset in pairs)]
 
 
-def _moves(source: Variables, target: Variables) -> bool:
+def moves(source: Variables, target: Variables) -> bool:
     """Tell whether a variable has another index or role, or another one's index."""
     there = {position: name for name, position in source.index.items()}
     replaced = any(

@@ -21,6 +21,7 @@ from _anemoi_ckpt.alignment import (
 from _anemoi_ckpt.anatomy import weights_of
 from _anemoi_ckpt.arguments import state_dict_of
 from _anemoi_ckpt.comparing import shapes_of
+from _anemoi_ckpt.configurations import REMEDY, configured_otherwise, read_config
 from _anemoi_ckpt.describing import (
     check_factors,
     check_units,
@@ -144,6 +145,10 @@ def refuse_misplaced(model: Any, strategy: Callable[[Any], Any]) -> Callable[[An
                 " is not one of anemoi-models, and new={'its name': 'the old one'} for a variable"
                 " that was only renamed",
             )
+        source = read_checkpoint(checkpoint)
+        problem = configured_otherwise(model, fitting, read_config(checkpoint), source)
+        if problem:
+            raise MismatchError(UNPLACED, problem, REMEDY)
         check_units(UNPLACED, model, fitting, read_units(checkpoint))
         return result
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from _anemoi_ckpt.alignment import Alignment
 from _anemoi_ckpt.errors import redact
+from _anemoi_ckpt.leadtimes import other_times, read_times
 from _anemoi_ckpt.loading import Loaded
 from _anemoi_ckpt.matching import (
     Dtypes,
@@ -46,6 +48,10 @@ class Report(Table):
     # name: dtype in the checkpoint, in the model; the cast lost more than it rounded
     lossy: Mapping[str, Dtypes] = {}
     migrations: tuple[str, ...] = ()  # Anemoi's that it has not had, where names differ
+    # "input", "output": how many steps in time the checkpoint has, and the model, where aligned
+    steps: Mapping[str, tuple[int, int]] = {}
+    # dataset: when the checkpoint's steps are, and the model's, where both tell and they differ
+    times: Mapping[str, tuple[str, str]] = {}
 
     def _rows(self) -> list[tuple[str, str]]:
         moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
@@ -73,6 +79,8 @@ class Report(Table):
             rows += section(f"lost by dtype {len(self.lossy)}", casts)
         lines = [f"{len(n)} {kind}: {listed(n)}" for kind, n in self.variables.items() if n]
         rows += section("variables", lines) if lines else []
+        steps = [*_of_steps(self.steps), *_of_times(self.times)]
+        rows += section("steps", steps) if steps else []
         if self.migrations:
             rows.append(("not migrated", migration_advice(self.migrations)))
         return [*rows, ("rest", ", ".join(map(str, self.rest)))]
@@ -99,6 +107,8 @@ def reported(place: str, model: torch.nn.Module, loaded: Loaded, seconds: float)
         on_meta=match.on_meta,
         lossy=match.lossy,
         migrations=match.original.pending if match.missing and match.unexpected else (),
+        steps=_fate_of_steps(match.original.alignment),
+        times=other_times(match.original.times, read_times(model)),
     )
 
 
@@ -123,6 +133,33 @@ def _fate_of_variables(model: torch.nn.Module, original: Original) -> dict[str, 
         for kind, names in kinds.items():
             fates[kind] = fates.get(kind, ()) + tuple(prefix + name for name in names)
     return fates
+
+
+def _fate_of_steps(alignment: Alignment) -> dict[str, tuple[int, int]]:
+    """Give the counts of steps, in the checkpoint and in the model, of the kinds that differ."""
+    own = alignment.own
+    counts = {kind: (count, own[kind]) for kind, count in alignment.steps.items()}
+    return {kind: (before, after) for kind, (before, after) in counts.items() if before != after}
+
+
+def _of_steps(steps: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Say which steps were kept.
+
+    >>> _of_steps({"input": (3, 1), "output": (1, 2)})
+    ['input: the last 1 of 3 kept', 'output: the first 1 of 1 kept, 1 new']
+    """
+    lines = []
+    for kind, (before, after) in steps.items():
+        end = "last" if kind == "input" else "first"
+        new = f", {after - before} new" if after > before else ""
+        lines.append(f"{kind}: the {end} {min(before, after)} of {before} kept{new}")
+    return lines
+
+
+def _of_times(times: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [
+        f"{name}: {was} in the checkpoint, {now} in the model" for name, (was, now) in times.items()
+    ]
 
 
 def _arrows(renamed: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,8 @@
 """What a model knows after its variables changed, side by side with what a user would do instead.
 
-    pip install -c constraints.txt -e '.[test,anemoi]' && python benchmarks/transfer.py [--seeds N]
+    pip install -c constraints.txt -e '.[test,anemoi]'
+    pip install --no-deps anemoi-models==0.19.0 anemoi-graphs==0.9.8  # or leave it at 0.13
+    python benchmarks/transfer.py [--seeds N] [--kinds GNN …]
 
 Trains a real encoder-processor-decoder of anemoi-models (of each kind of mapper) on made-up
 weather: states of coupled variables on a few nodes, driven by forcings. Then it goes on with other
@@ -10,6 +12,8 @@ that both know, and of all; and of all after some steps of training. Means of th
 """
 
 import argparse
+import functools
+import importlib.metadata
 import logging
 import sys
 import tempfile
@@ -26,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from anemoi_ckpt import load_into  # noqa: E402 - found now
 from strategies import transfer_learning  # noqa: E402 - likewise
 from weather import KINDS, Variables, interface  # noqa: E402 - likewise
+from weather_019 import interface_019  # noqa: E402 - likewise
 
 FORCING, DIAGNOSTIC = ("cos_lat", "insolation"), ("tp", "cp")
 BEFORE = Variables(
@@ -36,6 +41,10 @@ AFTER = Variables(
 )
 NODES, LEARNED, FURTHER = 12, 1500, 100  # the last two are steps of training
 
+
+VERSION = tuple(map(int, importlib.metadata.version("anemoi-models").split(".")[:2]))
+interface_of_today = interface_019 if VERSION >= (0, 19) else interface
+build = functools.partial(interface_of_today, nodes=NODES, channels=32)
 
 Weather = dict[str, torch.Tensor]  # of each variable (samples, 3, nodes): two steps, and the next
 
@@ -121,8 +130,7 @@ COMPETITORS = {
 
 def measured(kind: str, seed: int, folder: Path) -> dict[str, Sequence[float]]:
     torch.manual_seed(seed)
-    size: dict[str, Any] = {"nodes": NODES, "channels": 32}
-    old = interface({"data": BEFORE}, kind, **size)
+    old = build({"data": BEFORE}, kind)
     train(old, BEFORE, LEARNED, seed)
     path = folder / "last.ckpt"
     held = {"data_indices": old.data_indices}
@@ -130,7 +138,7 @@ def measured(kind: str, seed: int, folder: Path) -> dict[str, Sequence[float]]:
     found: dict[str, Sequence[float]] = {"before": (*losses(old, BEFORE), float("nan"))}
     for name, prepare in COMPETITORS.items():
         torch.manual_seed(100 + seed)
-        new = interface({"data": AFTER}, kind, **size)
+        new = build({"data": AFTER}, kind)
         prepare(new, path)
         first = losses(new, AFTER)
         train(new, AFTER, FURTHER, 500 + seed)
@@ -141,11 +149,13 @@ def measured(kind: str, seed: int, folder: Path) -> dict[str, Sequence[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)
-    for kind in KINDS:
+    print(f"anemoi-models {'.'.join(map(str, VERSION))}, {given.seeds} seeds")
+    for kind in given.kinds:
         with tempfile.TemporaryDirectory() as folder:
             runs = [measured(kind, seed, Path(folder)) for seed in range(given.seeds)]
         before = sum(run["before"][0] for run in runs) / len(runs)

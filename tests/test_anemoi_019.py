@@ -6,7 +6,9 @@ anemoi-models 0.19 wants an older torch than the other tests run with, so it is 
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import needs
+import weather_019
 from anemoi_ckpt import MismatchError, load_into
 from strategies import (
     align_variables,
@@ -24,7 +27,7 @@ from strategies import (
     transfer_learning,
 )
 from weather import Variables
-from weather_019 import CONFIGURATIONS, interface_019
+from weather_019 import CONFIGURATIONS, ORNSTEIN, interface_019
 
 needs.anemoi_sorting_edges()
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies, some dozens
@@ -161,11 +164,12 @@ def statistics_follow(
 
 @st.composite
 def changed(draw: Callable[..., Any], before: Variables) -> Variables:
-    """Other variables: any may be gone, new ones of any role are there, in any order.
+    """Other variables: any may be gone or a forcing, new ones of any role are there, in any order.
 
     tp is bounded, and the regressors of residuals are forcings: these stay.
     """
     gone = draw(st.sets(st.sampled_from([n for n in before.names if n in ("q_700", "msl", "cp")])))
+    forced = draw(st.sets(st.sampled_from(["t_850", "msl"]))) - gone  # no longer predicted
     new = draw(st.lists(st.sampled_from([n for n in NEW if n not in before.names]), unique=True))
     roles = {name: draw(st.sampled_from(["prognostic", "forcing", "diagnostic"])) for name in new}
     if draw(st.booleans()) and gone and new:  # each in the place of one that is gone
@@ -177,7 +181,7 @@ def changed(draw: Callable[..., Any], before: Variables) -> Variables:
         names = draw(st.permutations([*names, *new]))
     return Variables(
         names,
-        (*before.forcing, *(n for n in names if roles.get(n) == "forcing")),
+        (*before.forcing, *(n for n in names if n in forced or roles.get(n) == "forcing")),
         (
             *(n for n in before.diagnostic if n in names),
             *(n for n in names if roles.get(n) == "diagnostic"),
@@ -432,3 +436,241 @@ def test_edges_of_before_016_go_where_the_migration_puts_them(configuration: str
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, expected[name])
     assert load_into(new, checkpoint, strict=True).aligned == ()  # today's own
+
+
+# ── what only the configuration tells ─────────────────────────────────────────────────────────
+
+Amend = Callable[[dict[str, Any]], None]
+PREPROCESSING = "anemoi.models.preprocessing."
+LAYERS = "anemoi.models.layers."
+
+
+def mappers_of(model: dict[str, Any]) -> list[dict[str, Any]]:
+    sides = model["encoders"], model["decoders"]
+    return [section["mapper"] for side in sides for section in side.values()]
+
+
+def edges(*attributes: str) -> Amend:
+    def amend(config: dict[str, Any]) -> None:
+        model = config["model"]
+        mappers = mappers_of(model)
+        for section in (*mappers, model["processor"]):
+            section["sub_graph_edge_attributes"] = list(attributes)
+
+    return amend
+
+
+def aggregated(kind: str, keys: str = "01") -> Amend:
+    """Latents of two datasets are put together; the encoders stand in the order of their keys."""
+
+    def amend(config: dict[str, Any]) -> None:
+        model = config["model"]
+        model["latent_aggregator"] = {"_target_": f"{LAYERS}aggregator.{kind}Aggregator"}
+        for side in ("encoders", "decoders"):
+            model[side] = {key: model[side][key] for key in keys}
+        if kind == "Concat":
+            for section in (model["processor"], *(d["mapper"] for d in model["decoders"].values())):
+                section["num_channels"] = 16
+
+    return amend
+
+
+def bounded(*groups: Sequence[str]) -> Amend:
+    def amend(config: dict[str, Any]) -> None:
+        config["model"]["bounding"]["datasets"]["data"] = [
+            {
+                "_target_": f"{LAYERS}bounding.NormalizedReluBounding",
+                "variables": list(names),
+                "min_val": [0.0] * len(names),
+                "normalizer": ["mean-std"] * len(names),
+            }
+            for names in groups
+        ]
+
+    return amend
+
+
+def processed(config: dict[str, Any]) -> None:
+    processors = config["data"]["datasets"]["data"]["processors"]
+    processors["normalizer"]["config"] |= {"std": ["z_500"], "max": ["t_850"], "none": ["cos_lat"]}
+    for name, kind, methods in (
+        ("imputer", "imputer.InputImputer", {"default": "none", "mean": ["t_850"]}),
+        ("remapper", "remapper.Remapper", {"default": "none", "sqrt": ["tp"]}),
+    ):
+        processors[name] = {"_target_": PREPROCESSING + kind, "config": methods}
+
+
+def untrainable(config: dict[str, Any]) -> None:
+    model = config["model"]
+    model["node_trainable_parameters"] = dict.fromkeys(model["node_trainable_parameters"], 0)
+    mappers = mappers_of(model)
+    for section in (*mappers, model["processor"]):
+        section["trainable_size"] = 0
+
+
+def one_level(config: dict[str, Any]) -> None:
+    config["model"]["enable_hierarchical_level_processing"] = False
+
+
+ALONE, AFTER = {"data": A}, {"data": B}
+FORCED = {"data": Variables(A.names, ("cos_lat", "sin_lat", "msl"))}
+TWO = {"data": A, "more": B}
+TWO_AFTER = {"data": B, "more": Variables(B.names[::-1], B.forcing, B.diagnostic)}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "before", "after", "options"),
+    [
+        ("GraphTransformer", ALONE, AFTER, {"mlp_implementation": "swiglu"}),
+        ("Transformer", ALONE, AFTER, {"mlp_implementation": "swiglu"}),
+        ("PointWise", ALONE, AFTER, {"mlp_implementation": "swiglu"}),
+        ("tendency", ALONE, AFTER, {"steps": (2, 2)}),
+        ("GNN", ALONE, AFTER, {"amend": processed}),
+        ("GNN", ALONE, AFTER, {"amend": untrainable}),
+        ("GNN", ALONE, AFTER, {"amend": bounded(["t_850"], ["tp", "msl"])}),
+        ("GNN hierarchical", ALONE, AFTER, {"amend": one_level}),
+        ("features of equal size", FORCED, ALONE, {}),  # msl changes its role
+        ("features of equal size", ALONE, FORCED, {}),
+        ("GNN", TWO, TWO_AFTER, {"amend": aggregated("Mean")}),
+        ("GraphTransformer", TWO, TWO_AFTER, {"amend": aggregated("Concat")}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_other_options_are_preserved_too(
+    configuration: str,
+    before: Mapping[str, Variables],
+    after: Mapping[str, Variables],
+    options: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    old, new = task(before, configuration, **options), task(after, configuration, **options, salt=5)
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    load_into(new, checkpoint_of(old), align_variables(model=new, new="zeros"), strict=True)
+    assert difference(old, new, before, after) < LARGEST
+
+
+SWAPPED = ["forcings", "coordinates", "trainable_parameters", "prognostics"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "was", "now", "told"),
+    [
+        (
+            "Transformer",
+            {"features": SWAPPED},
+            {"features": SWAPPED[::-1]},
+            r"target_node_features = forcings, coordinates, .*, and the model with prognostics, ",
+        ),
+        (
+            "regressors",
+            {},
+            {"residual": {**ORNSTEIN, "regressors": ["cos_lat", "sin_lat"]}},
+            r"residual\.datasets\.data\.regressors = sin_lat, cos_lat, and the model with cos_lat",
+        ),
+        (
+            "GNN",
+            {"amend": bounded(["tp"], ["msl"])},
+            {"amend": bounded(["msl"], ["tp"])},
+            r"bounding\.datasets\.data\.0\.variables = tp, and the model with msl",
+        ),
+    ],
+)
+def test_a_module_that_was_pickled_whole_tells_its_settings(
+    configuration: str, was: dict[str, Any], now: dict[str, Any], told: str
+) -> None:
+    """anemoi-training pickles it for inference, and takes its configuration away before."""
+    old, new = task(ALONE, configuration, **was).model, task(ALONE, configuration, **now).model
+    alike = task(ALONE, configuration, **was).model
+    old.config = None
+    torch.save(old, stored := io.BytesIO())
+    stored.seek(0)
+    assert load_into(alike, stored, strict=True)
+    for chain in ((), (align_variables(model=new),), (transfer_learning(new),)):
+        stored.seek(0)
+        with pytest.raises(MismatchError, match=told):
+            load_into(new, stored, *chain)
+
+
+@pytest.mark.parametrize("configuration", ["GNN", "GraphTransformer"])
+def test_attributes_of_edges_in_another_order_are_refused(
+    configuration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = weather_019.graph
+
+    def graph(*arguments: Any) -> Any:
+        made = plain(*arguments)
+        for kind in made.edge_types:
+            made[kind].edge_second = 3 * made[kind].edge_length.flip(0)
+        return made
+
+    monkeypatch.setattr(weather_019, "graph", graph)
+    old, same, new = (
+        task(ALONE, configuration, amend=edges(*attributes))
+        for attributes in (
+            ("edge_length", "edge_second"),
+            ("edge_length", "edge_second"),
+            ("edge_second", "edge_length"),
+        )
+    )
+    assert load_into(same, checkpoint_of(old), strict=True)
+    told = r"sub_graph_edge_attributes = edge_length, edge_second, and the model with edge_second"
+    for chain in ((), (align_variables(model=new),), (transfer_learning(new),)):
+        with pytest.raises(MismatchError, match=told):
+            load_into(new, checkpoint_of(old), *chain)
+
+
+def test_latents_side_by_side_in_another_order_are_refused() -> None:
+    old = task(TWO, "GraphTransformer", amend=aggregated("Concat"))
+    new = task(TWO, "GraphTransformer", amend=aggregated("Concat", "10"))
+    with pytest.raises(MismatchError, match="latents of encoders = data, more, and the model with"):
+        load_into(new, checkpoint_of(old))
+    summed = task(TWO, "GraphTransformer", amend=aggregated("Sum", "10"))
+    old = task(TWO, "GraphTransformer")
+    load_into(summed, checkpoint_of(old), strict=True)
+    assert difference(old, summed, TWO, TWO) < LARGEST
+
+
+def test_a_dataset_does_not_get_the_encoder_of_another() -> None:
+    old = task(ALONE, "GNN")
+    new = task({"more": A, "data": A}, "GNN")  # whose encoder has the name that data's had
+    told = r"encoders\.0\.source_datasets = data, and the model with more"
+    with pytest.raises(MismatchError, match=told):
+        load_into(new, checkpoint_of(old), transfer_learning(new))
+
+
+def test_other_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, plain = task(ALONE, "GNN"), weather_019.graph
+
+    def turned(*arguments: Any) -> Any:
+        made = plain(*arguments)
+        made["data"].x = made["data"].x.flip(0)
+        return made
+
+    monkeypatch.setattr(weather_019, "graph", turned)
+    new = task(AFTER, "GNN")
+    with pytest.raises(MismatchError, match=r"6 of the 6 nodes of data are in other places"):
+        load_into(new, checkpoint_of(old), transfer_learning(new))
+
+
+def test_the_report_tells_steps_and_when_they_are() -> None:
+    """Steps are aligned by their number; how long they are is told, as it may be meant."""
+    old, new = (task(ALONE, "GNN", steps=steps) for steps in ((2, 1), (1, 3)))
+    for model, first, hours in ((old, 2, "6h"), (new, 1, "3h")):
+        places = list(range(first)), list(range(first, first + model.model.n_step_output))
+        names = "input_relative_date_indices", "output_relative_date_indices"
+        steps = {**dict(zip(names, places, strict=True)), "timestep": hours}
+        model.model.metadata = {
+            "dataset": {},
+            "metadata_inference": {"dataset_names": ["data"], "data": {"timesteps": steps}},
+        }
+    checkpoint = checkpoint_of(old)
+    checkpoint["hyper_parameters"]["metadata"] = old.model.metadata
+    report = load_into(new, checkpoint, align_variables(model=new), strict=True)
+    assert report.steps == {"input": (2, 1), "output": (1, 3)}
+    assert report.times == {"data": ("-6h, 0h to +6h", "0h to +3h, +6h, +9h")}
+    printed = re.sub(" +", " ", str(report))
+    assert "steps input: the last 1 of 2 kept\n output: the first 1 of 1 kept, 2 new" in printed
+    assert "data: -6h, 0h to +6h in the checkpoint, 0h to +3h, +6h, +9h in the model" in printed
+    assert "steps" not in re.sub(r".*\n", "", str(load_into(old, checkpoint, strict=True)), count=1)

@@ -3,6 +3,8 @@
 It wants another torch than most tests, so this file is skipped where it is not installed.
 """
 
+import asyncio
+import io
 import os
 import subprocess
 import sys
@@ -209,3 +211,31 @@ def test_a_run_begins_with_weights_from_s3(
         assert torch.allclose(trained[name], pretrained[name], rtol=0, atol=1e-4)
         assert not torch.allclose(begun[name], pretrained[name], rtol=0, atol=1e-2)
     s3.remove("pretrained.ckpt")
+
+
+# ── its pipeline of checkpoints ───────────────────────────────────────────────────────────────
+
+
+def stages_of(uri: str) -> dict[str, list[dict[str, Any]]]:
+    recipe = {"_target_": "anemoi_ckpt.strategies.standard", "_partial_": True}
+    loader = "anemoi.training.checkpoint.loading.WeightsOnlyLoader"
+    return {
+        "a source before a loader of Anemoi's": [
+            {"_target_": "anemoi_ckpt.source_stage", "uri": uri},
+            {"_target_": loader, "strict": True},
+        ],
+        "a loader alone": [{"_target_": "anemoi_ckpt.loading_stage", "uri": uri, "recipe": recipe}],
+    }
+
+
+@pytest.mark.parametrize("kind", stages_of(""))
+def test_stages_stand_in_its_pipeline(kind: str, s3: servers.Store) -> None:
+    checkpoint = pytest.importorskip("anemoi.training.checkpoint")
+    stored, model = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    torch.save({"state_dict": stored.state_dict()}, held := io.BytesIO())
+    s3.write("staged.ckpt", held.getvalue())
+    pipeline = checkpoint.CheckpointPipeline(stages=stages_of(s3.uri("staged.ckpt"))[kind])
+    context = asyncio.run(pipeline.execute(checkpoint.CheckpointContext(model=model)))
+    assert_same(dict(context.model.state_dict()), dict(stored.state_dict()))
+    assert context.model.weights_initialized is True
+    s3.remove("staged.ckpt")

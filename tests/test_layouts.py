@@ -1,5 +1,6 @@
 """What `anemoi_layout` knows, on models shaped like those of anemoi-models 0.19."""
 
+import collections
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -10,7 +11,14 @@ import torch
 from torch import nn
 
 from anemoi_ckpt import MismatchError, load_into
-from strategies import align_variables, anemoi_layout, exclude, filter_shapes, transfer_learning
+from strategies import (
+    align_variables,
+    anemoi_layout,
+    exclude,
+    filter_shapes,
+    keep_progress,
+    transfer_learning,
+)
 
 INDEX = {"t": 0, "z": 1, "q": 2, "cos": 3, "tp": 4}
 MOVED = {"z": 0, "q": 1, "t": 2, "cos": 3, "tp": 4}
@@ -322,6 +330,17 @@ def test_ornstein_residuals_follow_variables_and_regressors() -> None:
     residual._truncation_input_idx = [2, 0]
     residual.filter = nn.Parameter(torch.zeros(2, 5))
     assert anemoi_layout(spectral)["data"]["residual.data.filter"] == {0: [["q", "t"]]}
+    residual._internal_input_idx = [0, 1, 2]  # z is left out
+    told = r"skip_truncate_variables = t, and the model with z, which 1 tensors"
+    for skipped in (["z"], [], None):
+        settings = {"residual": {"datasets": {"data": {"skip_truncate_variables": skipped}}}}
+        assert load_into(spectral, configured(spectral, **settings), strict=True)
+    settings = {"residual": {"datasets": {"data": {"skip_truncate_variables": ["t"]}}}}
+    with pytest.raises(MismatchError, match=told):
+        load_into(spectral, configured(spectral, **settings))
+    residual._truncation_input_idx = [0, 1, 2]
+    residual.filter = nn.Parameter(torch.zeros(3, 2))
+    assert anemoi_layout(spectral)["data"]["residual.data.filter"] == {0: ["prognostic"]}
 
 
 # ── what the layout does not know ─────────────────────────────────────────────────────────────
@@ -511,3 +530,194 @@ def test_datasets_through_other_encoders_are_refused() -> None:
         load_into(new, checkpoint)
     with pytest.raises(MismatchError, match=r"decoders\.1\.target_datasets"):
         load_into(new, checkpoint, exclude("encoder"))
+
+
+def test_a_dataset_alone_does_not_go_through_the_encoder_of_another() -> None:
+    old, new = core(), several(INDEX, INDEX, ("1", "0"))
+    routes = {
+        "encoders": {"0": {"source_datasets": ["data"]}},
+        "decoders": {"0": {"target_datasets": ["data"]}},
+    }
+    told = r"encoders\.0\.source_datasets = data, and the model with more, which 2 tensors"
+    with pytest.raises(MismatchError, match=told):
+        load_into(new, configured(old, **routes), filter_shapes(new))
+    same = several(INDEX, INDEX, ("0", "1"))
+    assert load_into(same, configured(old, **routes), filter_shapes(same)).loaded
+    shared = several(INDEX, INDEX)  # which both datasets go through, as one did
+    assert load_into(shared, configured(old, **routes), filter_shapes(shared)).loaded
+    renamed = {
+        "encoders": {"0": {"source_datasets": ["era5"]}},
+        "decoders": {"0": {"target_datasets": ["era5"]}},
+    }
+    elsewhere = configured(old, **renamed)
+    elsewhere["hyper_parameters"]["data_indices"] = {"era5": old.data_indices["data"]}
+    assert load_into(core(), elsewhere, strict=True)
+
+
+def concatenating(first: str, second: str) -> Any:
+    """A model of two datasets, whose latents stand side by side."""
+    made = several(INDEX, INDEX, ("0", "1"))
+    routes = {"0": [first], "1": [second]}
+    made.encoder2datasets = made.decoder2datasets = routes
+    made.dataset2encoder = made.dataset2decoder = {first: "0", second: "1"}
+    made.latent_aggregator = of("anemoi.models.layers.aggregator", "ConcatAggregator")()
+    made.processor = of("anemoi.models.layers.processor", "Processor")()
+    made.processor.proc = nn.Linear(2 * WIDTH, 2 * WIDTH)
+    return made
+
+
+def test_latents_side_by_side_in_another_order_are_refused() -> None:
+    """The encoders may be found by their names, which do not tell the order."""
+    model = concatenating("data", "more")
+    target = "anemoi.models.layers.aggregator.ConcatAggregator"
+
+    def settings(*datasets: str, kind: str = target) -> dict[str, Any]:
+        encoders = {f"of {name}": {"source_datasets": [name]} for name in datasets}
+        return {"encoders": encoders, "latent_aggregator": {"_target_": kind}}
+
+    assert load_into(model, configured(model, **settings("data", "more")), strict=True)
+    told = r"the latents of encoders = more, data, and the model with data, more, which 10 tensors"
+    with pytest.raises(MismatchError, match=told):
+        load_into(model, configured(model, **settings("more", "data")))
+    summed = settings("more", "data", kind="anemoi.models.layers.aggregator.SumAggregator")
+    assert load_into(model, configured(model, **summed), strict=True)
+
+
+# ── edges and nodes ───────────────────────────────────────────────────────────────────────────
+
+
+def attributed(*attributes: str) -> Any:
+    """A model whose mappers and processor multiply these attributes of edges."""
+    made = core()
+    made.encoder["0"].emb_edges = nn.Linear(3, WIDTH)
+    made.processor = of("anemoi.models.layers.processor", "Processor")()
+    made.processor.lin_edge = nn.Linear(3, WIDTH)
+    section = {"sub_graph_edge_attributes": list(attributes)}
+    mappers = {"0": {"mapper": section}}
+    made.config = {"model": {"encoders": mappers, "decoders": mappers, "processor": section}}
+    made.encoder2datasets = made.decoder2datasets = {"0": ["data"]}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        (
+            {"encoders": {"0": {"mapper": {"sub_graph_edge_attributes": ["dirs", "length"]}}}},
+            (
+                r"encoders\.0\.mapper\.sub_graph_edge_attributes = dirs, length, and the model with"
+                r" length, dirs, which 2 tensors depend on: encoder\.0\.emb_edges"
+            ),
+        ),
+        (  # as before anemoi-models 0.19
+            {"encoder": {"sub_graph_edge_attributes": ["dirs", "length"]}},
+            r"= dirs, length, .* encoder\.0\.emb_edges",
+        ),
+        (
+            {"processor": {"sub_graph_edge_attributes": "${model.edges}"}, "edges": ["length"]},
+            r"processor\.sub_graph_edge_attributes = length, .* processor\.lin_edge",
+        ),
+    ],
+)
+def test_other_attributes_of_edges_are_refused(settings: dict[str, Any], label: str) -> None:
+    model = attributed("length", "dirs")
+    for chain in ((), (align_variables(model=model),), (transfer_learning(model),)):
+        with pytest.raises(MismatchError, match=label):
+            load_into(model, configured(model, **settings), *chain)
+    assert load_into(model, configured(model, **model.config["model"]), strict=True)
+    refusing = collections.UserDict()  # as OmegaConf refuses what refers to something that is gone
+    refusing.get = lambda _key: {}["gone"]  # type: ignore[method-assign]
+    assert load_into(model, configured(model, processor=refusing), strict=True)
+    endless = {"processor": {"sub_graph_edge_attributes": "${model.a}"}, "a": "${model.a}"}
+    assert load_into(model, configured(model, **endless), strict=True)
+
+
+def located(latitudes: Sequence[float]) -> Any:
+    made = core()
+    turned = torch.tensor(latitudes)[:, None]
+    coordinates = torch.cat([turned.sin(), turned.cos()], 1)
+    made.node_attributes.register_buffer("latlons_data", coordinates)
+    made.node_attributes.trainable_tensors = nn.ModuleDict({"data": nn.Module()})
+    made.node_attributes.trainable_tensors["data"].trainable = nn.Parameter(torch.randn(3, 2))
+    return made
+
+
+def test_nodes_in_other_places_are_refused() -> None:
+    old = located([0.1, 0.2, 0.3])
+    for same in ([0.1, 0.2, 0.3], [0.1 + 1e-7, 0.2, 0.3]):
+        assert load_into(located(same), stored(old), strict=True)
+    new = located([0.1, 0.3, 0.2])
+    own = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    told = r"2 of the 3 nodes of data are in other places .* by node_attributes\.latlons_data"
+    for chain in ((), (align_variables(model=new),), (transfer_learning(new),)):
+        with pytest.raises(MismatchError, match=told):
+            load_into(new, stored(old), *chain)
+        assert all(torch.equal(own[name], t) for name, t in new.state_dict().items())
+    way_out = exclude(
+        "*.latlons_data", "*.trainable_tensors.data", "*graph_provider*.trainable", missing_ok=True
+    )
+    report = load_into(new, stored(old), way_out)
+    assert torch.equal(new.state_dict()["node_attributes.latlons_data"], own[report.missing[0]])
+    rounded = {n: t.bfloat16() for n, t in stored(old)["state_dict"].items()}
+    assert load_into(located([0.1, 0.2, 0.3]), {**stored(old), "state_dict": rounded}, strict=True)
+    with torch.device("meta"):
+        hollow = located([0.1, 0.3, 0.2])
+    assert load_into(hollow, stored(old), strict=True)  # it does not know its own
+
+
+# ── what was pickled whole ────────────────────────────────────────────────────────────────────
+
+
+class Pickled(nn.Module):
+    """An interface, as anemoi-training pickles it for inference: it has lost its configuration."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.data_indices = inner, None, inner.data_indices
+
+
+def test_a_module_that_was_pickled_whole_tells_its_settings() -> None:
+    kinds = {
+        "coordinates": "CoordinatesFeature",
+        "trainable_parameters": "TrainableParametersFeature",
+        "prognostics": "PrognosticsFeature",
+    }
+
+    def made(*features: str, regressor: str = "t") -> Any:
+        model = core(features=features, targets=10, regressors=[regressor])
+        for part in model.decoders_target_input["0"].features:
+            part.inert_class = f"anemoi.models.layers.target_features.{kinds[part.name]}"
+        return Pickled(model)
+
+    model = made(*FEATURES)
+    assert load_into(made(*FEATURES), model, strict=True)
+    told = r"decoders\.0\.target_node_features = coordinates, trainable_parameters, prognostics, an"
+    other = made("coordinates", "trainable_parameters", "prognostics")
+    for checkpoint in (other, {"epoch": 3, "model": other}):
+        with pytest.raises(MismatchError, match=told):
+            load_into(model, checkpoint)
+    with pytest.raises(MismatchError, match=r"residual\.datasets\.data\.regressors = q, and the"):
+        load_into(model, made(*FEATURES, regressor="q"))
+    assert load_into(nn.Linear(2, 2), nn.Linear(2, 2), strict=True)
+
+
+def test_a_hook_sees_the_variables_that_the_weights_have_now() -> None:
+    """Anemoi's takes them for the order of the weights, and compares the data with it."""
+
+    class Training(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.model, self.seen = inner, dict[str, Any]()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            indices = checkpoint["hyper_parameters"]["data_indices"]
+            self.seen = {name: dict(each.name_to_index) for name, each in indices.items()}
+
+    old, new = Training(core()), Training(core(MOVED))
+    parameters = {"data_indices": old.model.data_indices}
+    resumable = {"epoch": 1, "optimizer_states": [{}], "hyper_parameters": parameters}
+    resumable["state_dict"] = dict(old.state_dict())
+    load_into(new, resumable, keep_progress, align_variables(model=new))
+    assert new.seen == {"data": MOVED}
+    load_into(old, resumable, keep_progress)
+    assert old.seen == {"data": INDEX}

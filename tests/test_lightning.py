@@ -298,3 +298,31 @@ def test_a_checkpoint_is_loaded_by_lightning_itself(s3: servers.Store, lightning
     loaded = type(model).load_from_checkpoint(s3.uri("by itself.ckpt"))
     assert torch.equal(loaded.layer.weight, checkpoint["state_dict"]["layer.weight"])
     plugin.remove_checkpoint(s3.uri("by itself.ckpt"))
+
+
+def test_a_hook_gets_real_objects_of_the_classes_that_are_trusted(
+    lightning: Any, s3: servers.Store, tmp_path: Path
+) -> None:
+    omegaconf = needs.package("omegaconf", "pip install omegaconf")
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode
+
+    class Configured(type(module(lightning))):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            settings = {"lr": 0.1, "twice": ["${lr}"], "absent": "${nowhere}"}
+            checkpoint["settings"] = omegaconf.OmegaConf.create(settings)
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.config = checkpoint["settings"]
+
+    classes = omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata, AnyNode, Any
+    plugin = checkpoint_io(trust=classes)
+    first = trainer(lightning, tmp_path, max_epochs=1, plugins=[plugin])
+    fit(first, Configured())
+    first.save_checkpoint(s3.uri("trusting/last.ckpt"))
+    resumed = Configured()
+    second = trainer(lightning, tmp_path, max_epochs=2, plugins=[plugin])
+    fit(second, resumed, ckpt_path=s3.uri("trusting/last.ckpt"))
+    assert type(resumed.config) is omegaconf.DictConfig
+    assert omegaconf.OmegaConf.select(resumed.config, "twice[0]") == 0.1
+    s3.remove("trusting/last.ckpt")

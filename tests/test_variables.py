@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpoints import assert_same
 from strategies import (
     add_prefix,
     align_variables,
+    average,
     cast,
     compose,
     drop_optimizer,
@@ -28,6 +30,7 @@ from strategies import (
     filter_shapes,
     include,
     keep_progress,
+    merge,
     pad_or_slice,
     prefer_ema,
     require_match,
@@ -706,3 +709,33 @@ def test_readme(tmp_path: Path) -> None:
     assert torch.equal(torch.stack(columns, 1), old["encoder"].weight[:, [1, 0, 3, 2, 4, 5, 6, 7]])
     assert torch.equal(new["decoder"].bias[1], old["decoder"].bias[0])
     assert new["decoder"].bias[0] == 0
+
+
+# ── several checkpoints ───────────────────────────────────────────────────────────────────────
+
+
+def known(index: dict[str, int], value: float, **units: str) -> dict[str, Any]:
+    facts = {name: {"units": unit} for name, unit in units.items()}
+    metadata = {"dataset": {"data": {"variables_metadata": facts}}}
+    indices = {"data": {"name_to_index": index, "forcing": [], "diagnostic": []}}
+    parameters = {"data_indices": indices, "metadata": metadata}
+    return {
+        "state_dict": {"encoder": torch.full((2,), value)},
+        "hyper_parameters": parameters,
+    }
+
+
+@pytest.mark.parametrize(("combine", "verb"), [(average, "average"), (merge, "merge")])
+def test_checkpoints_of_other_variables_are_not_combined(combine: Any, verb: str) -> None:
+    first = known({"t": 0, "z": 1}, 1.0, t="K")
+    moved = known({"z": 0, "t": 1}, 3.0)
+    told = rf"variables of checkpoint 2 to {verb} with are not the same here: moved .* from 0 to 1"
+    with pytest.raises(MismatchError, match=told):
+        combine(known({"t": 0, "z": 1}, 2.0), moved)(first)
+    with pytest.raises(MismatchError, match=r"checkpoint 1 .* not the same here: .*\bK\b"):
+        combine(known({"t": 0, "z": 1}, 3.0, t="degC"))(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names clash in merging
+        for other in (known({"t": 0, "z": 1}, 3.0), weights(moved)):
+            result = combine(other)(first)["state_dict"]["encoder"].tolist()
+            assert result == ([2.0, 2.0] if verb == "average" else [3.0, 3.0])

@@ -40,8 +40,9 @@ def graph(datasets: Sequence[str] = ("data",), nodes: int = 6) -> Any:
     draw = torch.Generator().manual_seed(0)
     made = HeteroData()
     counts = {**dict.fromkeys(datasets, nodes), "hidden": 3}
-    for name, count in counts.items():
-        made[name].x = torch.rand(count, 2, generator=draw)
+    for name, count in counts.items():  # the hidden ones stand where they do in other graphs
+        seeded = torch.Generator().manual_seed(1) if name == "hidden" else draw
+        made[name].x = torch.rand(count, 2, generator=seeded)
     edges = [pair for name in datasets for pair in ((name, "hidden"), ("hidden", name))]
     for one, other in [*edges, ("hidden", "hidden")]:
         pairs = torch.cartesian_prod(torch.arange(counts[one]), torch.arange(counts[other])).T

@@ -1,6 +1,6 @@
 """Real models of anemoi-models 0.19, of every kind, on a graph of a few nodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weather import Variables, graph, statistics
@@ -81,9 +81,15 @@ def interface_019(  # noqa: PLR0913 - by keyword
     bounding: Sequence[Any] = (),
     steps: tuple[int, int] = (2, 1),
     keys: Sequence[str] = "0123",
+    nodes: int = 6,
+    channels: int = CHANNELS,
+    amend: Callable[[dict[str, Any]], None] | None = None,
     **changes: Any,
 ) -> Any:
-    """An encoder-processor-decoder of 0.19, with its processors."""
+    """An encoder-processor-decoder of 0.19, with its processors.
+
+    `amend` changes the configuration that it is made with.
+    """
     from anemoi.models.data_indices.collection import IndexCollection
     from anemoi.models.interface import AnemoiModelInterface
     from anemoi.utils.config import DotDict
@@ -93,6 +99,7 @@ def interface_019(  # noqa: PLR0913 - by keyword
     options = {**options, **changes}
     gated = {"mlp_implementation", "mlp_extra_layers"} & options.keys()
     layer = {**COMMON, **KINDS[kind], **{name: options[name] for name in gated}}
+    layer["num_channels"] = channels
     layer["layer_kernels"] = CONDITIONAL if "Transport" in model else {}
     hierarchical = "Hierarchical" in model
     hidden = ["hidden", "coarse"] if hierarchical else "hidden"
@@ -110,7 +117,7 @@ def interface_019(  # noqa: PLR0913 - by keyword
             "datasets": {name: {**each, "processors": processors} for name, each in roles.items()}
         },
         "model": {
-            "num_channels": CHANNELS,
+            "num_channels": channels,
             "condition_on_residual": options.get("condition", False),
             "enable_hierarchical_level_processing": True,
             "level_process_num_layers": 1,
@@ -154,11 +161,13 @@ def interface_019(  # noqa: PLR0913 - by keyword
             "downscale_mapper": {"_target_": f"{MAPPERS}{kind}BackwardMapper", **mapper},
         },
     }
+    if amend is not None:
+        amend(config)
     return AnemoiModelInterface(
         config=DotDict(config),
         n_step_input=steps[0],
         n_step_output=steps[1],
-        graph_data=_graph(list(datasets), kind, hierarchical=hierarchical),
+        graph_data=_graph(list(datasets), kind, nodes, hierarchical=hierarchical),
         statistics={name: statistics(each.names, salt) for name, each in datasets.items()},
         data_indices={
             name: IndexCollection(
@@ -171,14 +180,14 @@ def interface_019(  # noqa: PLR0913 - by keyword
     )
 
 
-def _graph(datasets: Sequence[str], kind: str, *, hierarchical: bool) -> Any:
+def _graph(datasets: Sequence[str], kind: str, nodes: int, *, hierarchical: bool) -> Any:
     """That of `weather`, and below its hidden nodes a coarser level if asked for.
 
     Point-wise mappers need as many hidden nodes as others.
     """
     import torch
 
-    made = graph(datasets, 3 if kind == "PointWise" else 6)
+    made = graph(datasets, 3 if kind == "PointWise" else nodes)
     if hierarchical:
         draw = torch.Generator().manual_seed(3)
         made["coarse"].x = torch.rand(2, 2, generator=draw)

@@ -345,10 +345,23 @@ def _inside(item: Any, seen: dict[int, Any]) -> Iterable[tuple[Any, Any]] | None
         named = _unseen(content, seen, dict(content or {}))
         return [*beside, *named.items(), *enumerate(unnamed)]
     if isinstance(item, Mapping):
-        return item.items()
+        return _items(item)
     if isinstance(item, list | tuple | set | frozenset | collections.deque):
         return enumerate(item)
     return vars(item).items() if type(item) in NAMESPACES else None
+
+
+def _items(mapping: Mapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    """Give what a mapping holds; of one of a trusted class that refuses, what it is made of.
+
+    OmegaConf's raise for a value that refers to what is not there, or is missing (``???``).
+    """
+    if isinstance(mapping, dict):
+        return mapping.items()
+    try:
+        return list(mapping.items())
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return getattr(mapping, "__dict__", {}).items()
 
 
 def _unseen(part: Any, seen: dict[int, Any], inside: Any) -> Any:
