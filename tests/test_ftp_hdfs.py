@@ -1,6 +1,7 @@
 """Files on FTP servers, and in Hadoop's file system by its program and by HTTP."""
 
 import json
+import logging
 import os
 import threading
 import traceback
@@ -37,6 +38,7 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
+from test_secrets import told, ways
 
 CHECKPOINT = {"w": torch.arange(60_000.0), "optimizer_states": torch.ones(60_000), "epoch": 3}
 DATA = as_bytes(CHECKPOINT)
@@ -185,6 +187,19 @@ def test_what_an_ftp_server_refuses(ftp: FTPServer, replies: Any, error: Any, sa
         load(f"{ftp.url}/none.ckpt", retries=0)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("replies", [{}, {"PASS": "530 no"}, {"RETR": "426 hunter"}])
+def test_a_password_of_an_ftp_server_is_shown_nowhere(
+    ftp: FTPServer, replies: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "anemoi_ckpt")
+    ftp.replies = replies
+    uri = f"{ftp.url}/run/a%20b.ckpt"
+    texts = [text for way in ways(uri, tmp_path, None) for text in told(way)]
+    texts += [repr(parse_uri(uri)), caplog.text]
+    assert len(texts) > 30
+    assert not [text for text in texts if "hunter2" in text]
 
 
 def test_an_ftp_server_that_is_not_there_or_knows_no_tls(ftp: FTPServer) -> None:

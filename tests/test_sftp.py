@@ -48,6 +48,7 @@ from anemoi_ckpt import (
 )
 from checkpoints import as_bytes, assert_same
 from strategies import weights
+from test_secrets import told, ways
 
 paramiko = needs.package("paramiko", "pip install paramiko")
 from sftp import PASSWORD, QUOTED, SFTPServer, sftp_server  # noqa: E402 - it imports paramiko
@@ -151,6 +152,9 @@ def test_what_one_does_with_a_checkpoint(host: SFTPServer, tmp_path: Path) -> No
     assert_same(load(uri), CHECKPOINT)
     assert_same(load(uri.replace("sftp:", "ssh:")), CHECKPOINT)
     assert_same(load(uri, cached=True), CHECKPOINT)
+    params = {"password": PASSWORD}
+    assert load(uri.replace(f":{QUOTED}", ""), cached=True, transport_params=params)["epoch"] == 3
+    assert len(list(Path(os.environ["ANEMOI_CKPT_CACHE"]).glob("*/last.ckpt"))) == 1
     assert peek(uri).epoch == 3
     assert_same(load(download(uri, tmp_path / "a.ckpt")), CHECKPOINT)
     report = load_into(torch.nn.Linear(1000, 100), uri, lambda c: c["state_dict"])
@@ -321,6 +325,26 @@ def test_a_read_that_is_stopped_connects_to_nobody(host: SFTPServer, monkeypatch
     assert connected[0].fileno() == -1
     with server._connecting, stop.heeded(), pytest.raises(ConnectionAbortedError):
         server.connect(5)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "no file", "the password", "gone"])
+def test_a_password_is_shown_nowhere(
+    wrong: str, host: SFTPServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    uri = f"{host.url}/run/last.ckpt"
+    if wrong == "no file":
+        uri += "x"
+    if wrong == "the password":
+        uri = uri.replace(QUOTED, f"{QUOTED}x")
+    if wrong == "gone":
+        uri = uri.replace(str(host.port), str(servers.free_port()))
+    host.fault = once(OSError(5, "disk"), "read")
+    texts = [text for way in ways(uri, tmp_path, None) for text in told(way)]
+    texts += [repr(parse_uri(uri)), caplog.text, *map(str, tmp_path.rglob("*"))]
+    texts += [each.read_text("latin-1") for each in tmp_path.rglob("*") if each.is_file()]
+    assert len(texts) > 30
+    assert not [text for text in texts if "hunter2" in text]
 
 
 # ── host keys ─────────────────────────────────────────────────────────────────────────────────
