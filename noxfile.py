@@ -122,7 +122,7 @@ CANNOT = 77  # exit status of .ci/setup_debian.sh
 VENV = "/venv"  # what Debian does not have, or has too old; .ci/in_debian.sh looks there first
 TEST_PACKAGES = [
     *("google-crc32c", "hydra-core", "hypothesis", "ipykernel", "moto[s3,server]", "nbclient"),
-    *("lightning-utilities", "omegaconf", "setuptools"),
+    *("lightning-utilities", "omegaconf", "pyftpdlib", "setuptools"),
 ]
 LIGHTNING = ["lightning", "pytorch-lightning", "torchmetrics"]  # they would bring a torch of PyPI
 WITHOUT = [

@@ -148,7 +148,8 @@ def _identity(place: URI) -> str:
         for name, value in query
         if not _SIGNING.fullmatch(name) and not (signed and _SAS.fullmatch(name))
     ]
-    host = url.netloc.rpartition("@")[2] if isinstance(place, HTTPURI) else url.netloc
+    has_user = isinstance(place, HTTPURI) or place.is_quoted
+    host = url.netloc.rpartition("@")[2] if has_user else url.netloc
     return url._replace(netloc=host, query=urllib.parse.urlencode(kept)).geturl()
 
 

@@ -40,7 +40,6 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
-from sftp import sftp_server
 
 ROOT = Path(anemoi_ckpt.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -218,20 +217,21 @@ def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
     assert_same(dict(found["state_dict"]), dict(module.state_dict()))
 
 
-def test_readme_place_of_ones_own(tmp_path: Path) -> None:
-    (text,) = [block for mark, block in BLOCKS if mark == "sftp"]
+def test_readme_place_of_ones_own() -> None:
+    fsspec = needs.package("fsspec", "pip install fsspec")
+    (text,) = [block for mark, block in BLOCKS if mark == "fsspec"]
     checkpoint = {"state_dict": {"w": torch.arange(500_000.0)}, "optimizer_states": torch.ones(9)}
-    (tmp_path / "last.ckpt").write_bytes(as_bytes(checkpoint))
+    fsspec.filesystem("memory").pipe_file("/run/last.ckpt", as_bytes(checkpoint))
     scope: dict[str, Any] = {"__name__": "readme"}
     try:
-        exec(compile(text, "README.md", "exec", dont_inherit=True), scope)
-        with sftp_server(tmp_path) as place:
-            assert_same(load(f"{place}/last.ckpt"), checkpoint)
-            assert_same(load(f"{place}/last.ckpt", lambda c: c["optimizer_states"]), torch.ones(9))
-            with pytest.raises(CheckpointNotFoundError, match=r"me:\*\*\*@|\*\*\*@127"):
-                load(f"{place}/nothing.ckpt")
+        exec(compile(text.replace("smb", "memory"), "README.md", "exec", dont_inherit=True), scope)
+        assert_same(load("memory://run/last.ckpt"), checkpoint)
+        last = load("memory://run/last.ckpt", lambda c: c["optimizer_states"])
+        assert_same(last, torch.ones(9))
+        with pytest.raises(CheckpointNotFoundError, match="memory://run/nothing"):
+            load("memory://run/nothing.ckpt")
     finally:
-        _anemoi_ckpt.places._PARSERS.pop("sftp", None)
+        _anemoi_ckpt.places._PARSERS.pop("memory", None)
 
 
 def test_readme_names_what_there_is() -> None:

@@ -65,6 +65,10 @@ PLACES = {
     "gcs": "gs://bucket/a.ckpt",
     "azure": "az://bucket/a.ckpt",
     "http": "http://127.0.0.1:9/a.ckpt",
+    "sftp": "sftp://127.0.0.1:9/a.ckpt",
+    "ftp": "ftp://127.0.0.1:9/a.ckpt",
+    "hdfs": "hdfs:///a.ckpt",
+    "webhdfs": "webhdfs://127.0.0.1:9/a.ckpt",
 }
 VERBS = {
     "load": lambda uri, params: load(uri, transport_params=params),

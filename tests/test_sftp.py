@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 import _anemoi_ckpt.places.parts
 import _anemoi_ckpt.places.ssh
 import _anemoi_ckpt.transport
+import anemoi_ckpt
 import needs
 import servers
 from _anemoi_ckpt.places import Buffers, read_range, read_version, sibling
@@ -45,6 +47,8 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
+from strategies import weights
+from test_secrets import told, ways
 
 paramiko = needs.package("paramiko", "pip install paramiko")
 from sftp import PASSWORD, QUOTED, SFTPServer, sftp_server  # noqa: E402 - it imports paramiko
@@ -148,6 +152,9 @@ def test_what_one_does_with_a_checkpoint(host: SFTPServer, tmp_path: Path) -> No
     assert_same(load(uri), CHECKPOINT)
     assert_same(load(uri.replace("sftp:", "ssh:")), CHECKPOINT)
     assert_same(load(uri, cached=True), CHECKPOINT)
+    params = {"password": PASSWORD}
+    assert load(uri.replace(f":{QUOTED}", ""), cached=True, transport_params=params)["epoch"] == 3
+    assert len(list(Path(os.environ["ANEMOI_CKPT_CACHE"]).glob("*/last.ckpt"))) == 1
     assert peek(uri).epoch == 3
     assert_same(load(download(uri, tmp_path / "a.ckpt")), CHECKPOINT)
     report = load_into(torch.nn.Linear(1000, 100), uri, lambda c: c["state_dict"])
@@ -318,6 +325,26 @@ def test_a_read_that_is_stopped_connects_to_nobody(host: SFTPServer, monkeypatch
     assert connected[0].fileno() == -1
     with server._connecting, stop.heeded(), pytest.raises(ConnectionAbortedError):
         server.connect(5)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "no file", "the password", "gone"])
+def test_a_password_is_shown_nowhere(
+    wrong: str, host: SFTPServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    uri = f"{host.url}/run/last.ckpt"
+    if wrong == "no file":
+        uri += "x"
+    if wrong == "the password":
+        uri = uri.replace(QUOTED, f"{QUOTED}x")
+    if wrong == "gone":
+        uri = uri.replace(str(host.port), str(servers.free_port()))
+    host.fault = once(OSError(5, "disk"), "read")
+    texts = [text for way in ways(uri, tmp_path, None) for text in told(way)]
+    texts += [repr(parse_uri(uri)), caplog.text, *map(str, tmp_path.rglob("*"))]
+    texts += [each.read_text("latin-1") for each in tmp_path.rglob("*") if each.is_file()]
+    assert len(texts) > 30
+    assert not [text for text in texts if "hunter2" in text]
 
 
 # ── host keys ─────────────────────────────────────────────────────────────────────────────────
@@ -537,3 +564,20 @@ def test_paramiko_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "paramiko", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'anemoi-ckpt\[sftp\]'"):
         load("sftp://host/a.ckpt")
+
+
+# ── README ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_readme_hosts(host: SFTPServer) -> None:
+    text = (Path(anemoi_ckpt.__file__).parent / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"<!-- test: ssh -->\n```python\n(.*?)```", text, re.DOTALL)
+    host.users_key = paramiko.ECDSAKey.generate()
+    (host.folder / "scratch").mkdir()
+    (host.folder / "run").rename(host.folder / "scratch/run")
+    host.users_key.write_private_key_file(str(Path.home() / "key"))
+    config(f"Host hpc-login\n HostName 127.0.0.1\n Port {host.port}\n IdentityFile ~/key\n")
+    checkpoint = {"epoch": 4}
+    exec(block, {"load": load, "save": save, "weights": weights, "checkpoint": checkpoint})
+    assert load("sftp://me@hpc-login/scratch/run/small.ckpt") == checkpoint
+    host.users_key = None

@@ -113,15 +113,16 @@ def _opened(uri: HDFSURI, mode: str, params: Params) -> Any:
 
 
 @explain.register
-def explain_hdfs_error(uri: HDFSURI, err: Exception, pin: Version | None = None) -> CheckpointError:  # noqa: ARG001 - it is read whole
+def explain_hdfs_error(uri: HDFSURI, err: Exception, pin: Version | None = None) -> CheckpointError:
     """Ask the program whether the file is there: it fails with the same status for all reasons."""
+    if not isinstance(err, OSError):
+        return explain.dispatch(URI)(uri, err, pin)
     asked = subprocess.run([_PROGRAM, "dfs", "-test", "-e", uri.location], check=False)  # noqa: S603 - the user's own
     if asked.returncode == 1:
         problem = "there is no such file"
         return CheckpointNotFoundError(uri, problem, "check the name for typing errors")
-    return CheckpointError(
-        uri, f"{_PROGRAM} failed ({err})", f"see what it says; {uri.credentials}"
-    )
+    remedy = f"see what it says; {uri.credentials}"
+    return CheckpointError(uri, f"{_PROGRAM} failed ({err})", remedy)
 
 
 @open_stream.register

@@ -1,0 +1,474 @@
+"""Files on FTP servers, and in Hadoop's file system by its program and by HTTP."""
+
+import json
+import logging
+import os
+import threading
+import traceback
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import _anemoi_ckpt.places.parts
+import _anemoi_ckpt.transport
+import needs
+import servers
+from _anemoi_ckpt.places import Buffers, read_range, read_version
+from anemoi_ckpt import (
+    FTPURI,
+    HDFSURI,
+    AccessDeniedError,
+    ChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidURIError,
+    MissingPackageError,
+    UnreachableError,
+    WebHDFSURI,
+    download,
+    load,
+    open_stream,
+    open_writer,
+    parse_uri,
+    peek,
+    save,
+)
+from checkpoints import as_bytes, assert_same
+from test_secrets import told, ways
+
+CHECKPOINT = {"w": torch.arange(60_000.0), "optimizer_states": torch.ones(60_000), "epoch": 3}
+DATA = as_bytes(CHECKPOINT)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(_anemoi_ckpt.places.parts, "PART_BYTES", 64 * 1024)
+
+
+def read_by_all(uri: str, tmp_path: Path) -> None:
+    assert_same(load(uri), CHECKPOINT)
+    assert_same(load(uri, lambda checkpoint: checkpoint["w"]), CHECKPOINT["w"])
+    assert_same(load(uri, cached=True), CHECKPOINT)
+    assert_same(load(download(uri, tmp_path / "copy.ckpt")), CHECKPOINT)
+    assert peek(uri).epoch == 3
+    with open_stream(uri) as stream:
+        assert stream.read() == DATA
+
+
+# ── FTP ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class FTPServer:
+    """pyftpdlib's, for one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        servers_of, handlers, authorizers = (
+            needs.package(f"pyftpdlib.{name}", "pip install pyftpdlib")
+            for name in ("servers", "handlers", "authorizers")
+        )
+        self.folder = folder
+        self.replies: dict[str, str] = {}
+        """What commands are answered with, instead of being carried out."""
+        self.cut: int | None = None
+        """After so many bytes a download breaks off."""
+        running = self
+
+        class Data(handlers.DTPHandler):
+            def push_dtp_data(self, data: Any, isproducer: bool = False, cmd: Any = None) -> None:
+                super().push_dtp_data(data, isproducer, cmd)
+
+            def send(self, data: bytes) -> int:
+                if running.cut is not None:
+                    count, running.cut = super().send(data[: running.cut]), None
+                    self.cmd_channel.respond("426 broken off")
+                    self.close()
+                    return count
+                return super().send(data)
+
+        class Handler(handlers.FTPHandler):
+            dtp_handler = Data
+            use_sendfile = False
+
+            def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
+                reply = running.replies.get(cmd)
+                if reply is None:
+                    super().pre_process_command(line, cmd, arg)
+                else:
+                    if reply.endswith("!"):
+                        del running.replies[cmd]
+                    self.respond(reply)
+
+        authorizer = authorizers.DummyAuthorizer()
+        authorizer.add_user("me", "hunter2/x", str(folder), perm="elradfmwMT")
+        authorizer.add_anonymous(str(folder))
+        Handler.authorizer = authorizer
+        self.server = servers_of.FTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.socket.getsockname()[1]
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        while not self.ended.is_set():
+            self.server.serve_forever(timeout=0.02, blocking=False, handle_exit=False)
+
+    @property
+    def url(self) -> str:
+        return f"ftp://me:hunter2%2Fx@127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.server.close_all()
+
+
+@pytest.fixture
+def ftp(tmp_path: Path) -> Iterator[FTPServer]:
+    (tmp_path / "served/run").mkdir(parents=True)
+    (tmp_path / "served/run/a b.ckpt").write_bytes(DATA)
+    server = FTPServer(tmp_path / "served")
+    yield server
+    server.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_what_a_file_on_an_ftp_server_is_called() -> None:
+    text = "ftps://me:a%40b@host:2121/run/a%20b.ckpt"
+    assert parse_uri(text) == FTPURI(text, "host", "/run/a b.ckpt", 2121, "me", "a@b")
+    with pytest.raises(InvalidURIError):
+        parse_uri("ftp://host")
+
+
+def test_files_are_read_from_an_ftp_server(ftp: FTPServer, tmp_path: Path) -> None:
+    read_by_all(f"{ftp.url}/run/a%20b.ckpt", tmp_path)
+    assert_same(load(f"ftp://127.0.0.1:{ftp.port}/run/a%20b.ckpt"), CHECKPOINT)  # as anybody
+    ftp.cut = 100_000
+    with open_stream(f"{ftp.url}/run/a%20b.ckpt") as stream, pytest.raises(UnreachableError):
+        stream.read()
+    ftp.cut = 10_000
+    assert_same(load(f"{ftp.url}/run/a%20b.ckpt"), CHECKPOINT)
+    ftp.replies["SIZE"] = "502 unknown"
+    ftp.cut = 100_000
+    assert_same(load(f"{ftp.url}/run/a%20b.ckpt"), CHECKPOINT)
+
+
+def test_a_file_on_an_ftp_server_that_is_replaced(ftp: FTPServer) -> None:
+    uri = parse_uri(f"{ftp.url}/run/a%20b.ckpt")
+    version = read_version(uri)
+    assert read_range(uri, len(DATA) + 5, Buffers(bytearray(1))) == version
+    os.utime(ftp.folder / "run/a b.ckpt", (1_000, 1_000))
+    with pytest.raises(ChangedError):
+        read_range(uri, 0, Buffers(bytearray(1)), version)
+    ftp.replies["MDTM"] = "502 unknown"
+    assert read_version(uri).tag is None
+
+
+@pytest.mark.parametrize(
+    ("replies", "error", "said"),
+    [
+        ({}, CheckpointNotFoundError, "there is no such file"),
+        ({"SIZE": "550 Permission denied."}, AccessDeniedError, "access is denied"),
+        ({"USER": "530 no"}, AccessDeniedError, "give user and password"),
+        ({"TYPE": "500 no"}, CheckpointError, "the server refuses"),
+        ({"SIZE": "421 too many"}, UnreachableError, "no useful answer .421 too many"),
+    ],
+)
+def test_what_an_ftp_server_refuses(ftp: FTPServer, replies: Any, error: Any, said: str) -> None:
+    ftp.replies = replies
+    with pytest.raises(error, match=said) as caught:
+        load(f"{ftp.url}/none.ckpt", retries=0)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("replies", [{}, {"PASS": "530 no"}, {"RETR": "426 hunter"}])
+def test_a_password_of_an_ftp_server_is_shown_nowhere(
+    ftp: FTPServer, replies: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "anemoi_ckpt")
+    ftp.replies = replies
+    uri = f"{ftp.url}/run/a%20b.ckpt"
+    texts = [text for way in ways(uri, tmp_path, None) for text in told(way)]
+    texts += [repr(parse_uri(uri)), caplog.text]
+    assert len(texts) > 30
+    assert not [text for text in texts if "hunter2" in text]
+
+
+def test_an_ftp_server_that_is_not_there_or_knows_no_tls(ftp: FTPServer) -> None:
+    with pytest.raises(UnreachableError):
+        load(f"ftp://127.0.0.1:{servers.free_port()}/a.ckpt", retries=0)
+    with pytest.raises(CheckpointError, match="refuses"):
+        load(f"{ftp.url.replace('ftp:', 'ftps:')}/a.ckpt", retries=0)
+    with pytest.raises(TypeError, match=r"'encodin'\] means nothing .* is it 'encoding'"):
+        load(f"{ftp.url}/a.ckpt", transport_params={"encodin": "latin-1"})
+
+
+def test_tls_is_asked_for_before_the_login(ftp: FTPServer, monkeypatch) -> None:
+    """And for the files, too; a certificate that nobody knows is refused."""
+    said: list[str] = []
+
+    class TLS(_anemoi_ckpt.places.ftp.ftplib.FTP_TLS):
+        def auth(self) -> str:
+            said.append("auth")
+            return ""
+
+        def prot_p(self) -> str:
+            said.append("prot_p")
+            return ""
+
+    monkeypatch.setattr(_anemoi_ckpt.places.ftp.ftplib, "FTP_TLS", TLS)
+    monkeypatch.setattr(TLS, "ntransfercmd", _anemoi_ckpt.places.ftp.ftplib.FTP.ntransfercmd)
+    uri = f"{ftp.url.replace('ftp:', 'ftps:')}/run/a%20b.ckpt"
+    assert read_version(parse_uri(uri)).size == len(DATA)
+    assert said == ["auth", "prot_p"]
+
+
+def test_files_are_saved_on_an_ftp_server(ftp: FTPServer) -> None:
+    uri, folder = f"{ftp.url}/run/a%20b.ckpt", ftp.folder / "run"
+    changed = {**CHECKPOINT, "epoch": 4}
+    save(changed, uri)
+    assert_same(torch.load(folder / "a b.ckpt"), changed)
+    for command in ("STOR", "SIZE", "RNFR", "RNTO"):
+        ftp.replies = {command: "451 later!"}
+        save(CHECKPOINT, uri)
+        assert_same(torch.load(folder / "a b.ckpt"), CHECKPOINT)
+    ftp.replies = {"RNTO": "451 later"}
+    with pytest.raises(UnreachableError):
+        save(changed, uri, retries=1)
+    assert names(folder) == ["a b.ckpt"]
+    with pytest.raises(CheckpointError):
+        save(changed, f"{ftp.url}/none/a.ckpt", retries=1)
+    assert_same(torch.load(folder / "a b.ckpt"), CHECKPOINT)
+
+
+def test_a_file_on_an_ftp_server_that_is_renamed_or_cut_meanwhile(ftp: FTPServer) -> None:
+    uri, folder = parse_uri(f"{ftp.url}/run/a%20b.ckpt"), ftp.folder / "run"
+    part = _anemoi_ckpt.places.ftp._Part(uri, None)
+    part.begin()
+    part.store(0, b"abc")
+    with pytest.raises(UnreachableError, match="3 bytes of 4"):
+        part.finish(4, again=False)
+    part.finish(3, again=False)
+    part.finish(3, again=True)  # the answer was lost
+    assert (folder / "a b.ckpt").read_bytes() == b"abc"
+    with pytest.raises(CheckpointNotFoundError):
+        part.finish(3, again=False)
+
+
+# ── HDFS, by its program ──────────────────────────────────────────────────────────────────────
+
+PROGRAM = """#!/bin/sh
+verb=$2
+for path; do :; done
+path={folder}${{path#*namenode:9000}}
+broken() {{ case $path in *broken*) exit 1;; esac }}
+case $verb in
+    -cat) broken; exec cat "$path";;
+    -test) [ -e "$path" ];;
+    -put) cat > "$path._COPYING_"; broken; mv "$path._COPYING_" "$path";;
+esac
+"""
+
+
+@pytest.fixture
+def hadoop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `hdfs`; gives the folder that it serves."""
+    folder = tmp_path / "hadoop"
+    (folder / "bin").mkdir(parents=True)
+    program = folder / "bin/hdfs"
+    program.write_text(PROGRAM.format(folder=folder))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return folder
+
+
+def test_what_a_file_in_hadoop_is_called() -> None:
+    assert parse_uri("hdfs:///a").location == "/a"
+    assert parse_uri("HDFS://host:9000/a b").location == "hdfs://host:9000/a b"
+    assert parse_uri("viewfs://x/a").location == "viewfs://x/a"
+    assert isinstance(parse_uri("hdfs:///a/b.ckpt"), HDFSURI)
+    assert parse_uri("hdfs:///a/b.ckpt").filename == "b.ckpt"
+    for text in ("hdfs://host", "hdfs:///", "hdfs://h/a/", "webhdfs:///a", "webhdfs://h/a/?x=1"):
+        with pytest.raises(InvalidURIError, match="names no file"):
+            parse_uri(text)
+
+
+def test_files_are_read_and_written_by_hdfs(hadoop: Path, tmp_path: Path, capfd) -> None:
+    uri = "hdfs://namenode:9000/a.ckpt"
+    save(CHECKPOINT, uri)
+    read_by_all(uri, tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="there is no such file"):
+        load("hdfs://namenode:9000/none.ckpt", retries=0)
+    (hadoop / "broken.ckpt").write_bytes(DATA)
+    with pytest.raises(CheckpointError, match=r"hdfs failed .*exit status 1.*kinit"):
+        load("hdfs://namenode:9000/broken.ckpt", retries=0)
+    with pytest.raises(CheckpointError, match="exit status 1"):
+        save({"epoch": 4}, "hdfs://namenode:9000/broken.ckpt")
+    with pytest.raises(RuntimeError, match="mine"):
+        write_half(uri)
+    assert (hadoop / "a.ckpt").read_bytes() == DATA
+    with open_writer(uri) as stream, pytest.raises(CheckpointError, match="bytes-like"):
+        stream.write("text")  # type: ignore[arg-type] # the case
+    with pytest.raises(TypeError, match="means nothing"):
+        load(uri, transport_params={"client": 1})
+
+
+def write_half(uri: str) -> None:
+    with open_writer(uri) as stream:
+        stream.write(b"half")
+        raise RuntimeError("mine")
+
+
+def test_a_program_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for verb in (load, lambda uri: save({}, uri)):
+        with pytest.raises(MissingPackageError, match="the program hdfs is not there"):
+            verb("hdfs:///a.ckpt")
+
+
+# ── HDFS, by HTTP ─────────────────────────────────────────────────────────────────────────────
+
+
+class NameNode(servers.Server):
+    """A name node, which is its own data node (Hadoop's manual, "WebHDFS REST API")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+        self.overwrites = True
+        self.time = 1_000
+
+    def answer(self, request: servers.Request, fault: servers.Fault) -> servers.Reply:
+        query = dict(urllib.parse.parse_qsl(request.query))
+        path = urllib.parse.unquote(request.path.removeprefix("/webhdfs/v1"))
+        if query.get("user.name", "me") != "me":
+            return servers.error_reply("http", 403)
+        if query["op"] in ("OPEN", "CREATE", "APPEND") and "data" not in query:
+            location = f"{self.url}{request.target}&data=1"
+            return servers.Reply(307, servers._headers({"Location": location}))
+        told: Any = getattr(self, query["op"].lower())(path, query, request.body)
+        if told is None:
+            told = {"RemoteException": {"exception": "FileNotFoundException", "message": path}}
+            body = json.dumps(told).encode()
+            return servers.Reply(404, servers._headers({}), body)
+        body = told if isinstance(told, bytes) else json.dumps(told).encode()
+        status = 201 if query["op"] == "CREATE" else 200
+        return servers.Reply(status, servers._headers({}), body)
+
+    def open(self, path: str, query: Any, body: bytes) -> Any:
+        start, length = int(query.get("offset", 0)), int(query.get("length", 2**40))
+        return self.files[path][start : start + length] if path in self.files else None
+
+    def getfilestatus(self, path: str, query: Any, body: bytes) -> Any:
+        kind = "FILE" if path in self.files else "DIRECTORY"
+        if kind == "DIRECTORY" and not any(each.startswith(f"{path}/") for each in self.files):
+            return None
+        size = len(self.files.get(path, b""))
+        return {"FileStatus": {"length": size, "modificationTime": self.time, "type": kind}}
+
+    def create(self, path: str, query: Any, body: bytes) -> Any:
+        self.files[path] = body
+        return b""
+
+    def append(self, path: str, query: Any, body: bytes) -> Any:
+        self.files[path] += body
+        return b""
+
+    def rename(self, path: str, query: Any, body: bytes) -> Any:
+        if not self.overwrites:
+            return {"boolean": False}
+        self.files[query["destination"]] = self.files.pop(path)
+        return b""
+
+    def delete(self, path: str, query: Any, body: bytes) -> Any:
+        return {"boolean": self.files.pop(path, None) is not None}
+
+
+@pytest.fixture
+def node() -> Iterator[NameNode]:
+    running = NameNode()
+    running.start()
+    running.files["/run/a b.ckpt"] = DATA
+    yield running
+    running.close()
+
+
+def at(node: NameNode) -> str:
+    return f"webhdfs://me@127.0.0.1:{node.port}/run/a%20b.ckpt"
+
+
+def test_files_are_read_through_a_name_node(node: NameNode, tmp_path: Path) -> None:
+    read_by_all(at(node), tmp_path)
+    node.reset()
+    assert load(at(node), lambda checkpoint: checkpoint["epoch"]) == 3
+    assert node.bytes_sent < 2 * 65_536 + 5_000
+    assert all("user.name=me" in each.query for each in node.log)
+    assert isinstance(parse_uri(at(node)), WebHDFSURI)
+    assert parse_uri(at(node)).filename == "a b.ckpt"
+    plain = at(node).replace("me@", "") + "?delegation=hunter2"
+    assert load(plain)["epoch"] == 3
+    assert "delegation=hunter2" in node.log[-1].query
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        load(plain.replace("%20", ""))
+    with pytest.raises(AccessDeniedError, match="give the user in the URL"):
+        load(at(node).replace("me@", "you@"))
+    with pytest.raises(InvalidURIError, match="this is a folder"):
+        load(at(node).replace("/a%20b.ckpt", ""))
+    assert str(caught.value).startswith("webhdfs://")
+    version = read_version(parse_uri(plain))
+    assert read_range(parse_uri(plain), len(DATA), Buffers(bytearray(1))) == version
+    node.time = 2_000
+    with pytest.raises(ChangedError):
+        read_range(parse_uri(plain), 0, Buffers(bytearray(1)), version)
+
+
+def test_files_are_saved_through_a_name_node(node: NameNode) -> None:
+    small, changed = {"w": torch.ones(20_000)}, {**CHECKPOINT, "epoch": 4}
+    save(changed, at(node), transport_params={"min_part_size": 1})
+    assert list(node.files) == ["/run/a b.ckpt"]
+    assert_same(load(at(node)), changed)
+    for number in range(10):  # the answer to any request may be lost
+        node.fault = lost(number)
+        save(small, at(node))
+        node.fault = None
+        assert node.files == {"/run/a b.ckpt": as_bytes(small)}
+        assert list(node.files) == ["/run/a b.ckpt"]
+    node.overwrites = False
+    with pytest.raises(CheckpointError, match="replaces no file that is there"):
+        save(changed, at(node))
+    assert node.files == {"/run/a b.ckpt": as_bytes(small)}
+
+
+def lost(number: int) -> Any:
+    """A fault of one request, which is carried out, and whose answer is cut."""
+    left = [number]
+
+    def fault(request: servers.Request) -> servers.Fault | None:
+        left[0] -= 1
+        return servers.Fault(reset=True) if left[0] == -1 else None
+
+    return fault
+
+
+def test_a_part_that_others_write_to(node: NameNode) -> None:
+    part = _anemoi_ckpt.places.hdfs._Part(parse_uri(at(node)), None)
+    part.begin()
+    part.store(0, b"abc")
+    part.store(0, b"abc")  # the answer was lost
+    with pytest.raises(EOFError, match="3 bytes of 5"):
+        part.store(5, b"de")
+    with pytest.raises(EOFError, match="3 bytes of 4"):
+        part.finish(4, again=False)
+    part.finish(3, again=False)
+    part.finish(3, again=True)
+    with pytest.raises(CheckpointNotFoundError):
+        part.finish(3, again=False)
+    assert node.files == {"/run/a b.ckpt": b"abc"}
