@@ -677,6 +677,14 @@ def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
         load(tmp_path / "a.ckpt")
 
 
+def test_a_numpy_dtype_whose_parts_are_text_or_objects(tmp_path: Path) -> None:
+    save({"d": forged_dtype("V4", "|", ("f4", (1,)), None, None, 4, 1, 0)}, tmp_path / "a.ckpt")
+    with pytest.raises(CorruptError, match="a numpy dtype with a part that is none"):
+        load(tmp_path / "a.ckpt")
+    of_objects = np.dtype([("a", object, (2,))])
+    assert isinstance(load(written(tmp_path / "a.ckpt", {"d": of_objects}))["d"], Inert)
+
+
 def test_a_numpy_dtype_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     nested = np.dtype("f4")
     for _ in range(40):
