@@ -503,7 +503,10 @@ def list_objects(
     timeout: float | None = None,
     transport_params: Params = None,
 ) -> Entries:
-    """List what is in a folder: of a disk, or of a bucket in S3, Google Cloud or Azure.
+    """List what is in a folder: of a disk, a bucket (S3, Google Cloud, Azure), a host or a hub.
+
+    Hosts are listed by SFTP; hubs are Hugging Face and MLflow, which tells no times of files that
+    lie behind its server.
 
     Args:
         folder: a path or URL, such as ``s3://bucket/run/``, or a bucket.

@@ -670,11 +670,11 @@ def test_a_folder_of_a_run_whose_files_are_in_a_store(place, tracked) -> None:
 def test_stages_of_a_model(tracked, tmp_path: Path) -> None:
     name = f"staged-{logged(tracked, tmp_path)}"
     tracked.create_registered_model(name)
+    run = name.removeprefix("staged-")
     for epoch in (1, 2, 3):
-        run = tracked.create_run("0").info.run_id
         (tmp_path / "a.ckpt").write_bytes(as_bytes({"epoch": epoch}))
-        tracked.log_artifact(run, str(tmp_path / "a.ckpt"))
-        tracked.create_model_version(name, f"runs:/{run}/", run)
+        tracked.log_artifact(run, str(tmp_path / "a.ckpt"), str(epoch))
+        tracked.create_model_version(name, f"runs:/{run}/{epoch}", run)
     tracked.transition_model_version_stage(name, "2", "Production")
     tracked.set_registered_model_alias(name, "Staging", "3")
     assert load(f"models:/{name}/Production/a.ckpt") == {"epoch": 2}

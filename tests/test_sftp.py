@@ -22,6 +22,7 @@ import anemoi_ckpt
 import needs
 import servers
 from _anemoi_ckpt.places import Buffers, read_range, read_version, sibling
+from _anemoi_ckpt.places.explained import explain
 from _anemoi_ckpt.places.interrupts import Stop
 from anemoi_ckpt import (
     SFTPURI,
@@ -400,6 +401,14 @@ def test_a_host_that_falls_silent(host: SFTPServer) -> None:
     assert time.monotonic() - began < 5
     ended.set()
     host.drop()
+
+
+def test_a_login_that_takes_too_long_is_tried_again() -> None:
+    uri = parse_uri("sftp://host/a")
+    late = explain(uri, paramiko.AuthenticationException("Authentication timeout."))
+    assert type(late) is UnreachableError
+    assert not late.lasting
+    assert type(explain(uri, paramiko.AuthenticationException("no"))) is AccessDeniedError
 
 
 # ── list ──────────────────────────────────────────────────────────────────────────────────────

@@ -659,7 +659,7 @@ def open_writer(uri: _Place, transport_params: Params = None) -> Writer:  # noqa
     raise InvalidURIError(
         uri,
         f"a {type(uri).__name__} cannot be written to",
-        "write to a path, s3://, gs:// or az://, or add @open_writer.register",
+        "write to a path, s3://, gs://, az:// or sftp://, or add @open_writer.register",
     )
 
 

@@ -65,9 +65,9 @@ class HFURI(HTTPURI):
         """The hub's `resolve` URL."""
         path = urllib.parse.quote(self.path)
         if self.is_bucket:
-            return f"{_endpoint()}/{self.repo}/resolve/{path}"
+            return f"{_hub_endpoint()}/{self.repo}/resolve/{path}"
         revision = urllib.parse.quote(self.revision, safe="")
-        return f"{_endpoint()}/{self.repo}/resolve/{revision}/{path}"
+        return f"{_hub_endpoint()}/{self.repo}/resolve/{revision}/{path}"
 
     @property
     def is_bucket(self) -> bool:
@@ -92,13 +92,13 @@ class _Tree(HFURI):
     def url(self) -> str:
         """The URL of the hub's API, "tree"."""
         if self.token:  # at the hub that was asked, if the token goes there
-            return f"{_endpoint()}{self.token}"
+            return f"{_hub_endpoint()}{self.token}"
         kind = "" if self.repo.startswith(_KINDS) else "models/"
         folder = urllib.parse.quote(self.path.rpartition("/")[0], safe="")
         revision = "" if self.is_bucket else "/" + urllib.parse.quote(self.revision, safe="")
         query = urllib.parse.urlencode({"recursive": self.recursive, "expand": True})
         tree = f"{kind}{self.repo}/tree{revision}{'/' * bool(folder)}{folder}"
-        return f"{_endpoint()}/api/{tree}?{query}"
+        return f"{_hub_endpoint()}/api/{tree}?{query}"
 
 
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +136,7 @@ register_scheme("hf", parse_hub)
 # ── client ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _endpoint() -> str:
+def _hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
@@ -204,7 +204,7 @@ def _pinned(uri: HFURI, params: Params) -> HFURI:
     for _ in range(_RENAMES):
         with explained(uri), request("HEAD", uri, params) as response:
             response.raise_for_status()
-        location = response.headers.get("Location", "").removeprefix(_endpoint())
+        location = response.headers.get("Location", "").removeprefix(_hub_endpoint())
         renamed = _RESOLVE.fullmatch(location)
         if renamed is None or renamed[1] == uri.repo:
             break

@@ -185,8 +185,12 @@ def explain_sftp_error(uri: SFTPURI, err: Exception, pin: Version | None = None)
     return explain.dispatch(URI)(uri, err, pin)
 
 
+_NO_WAY_IN = "No authentication methods"  # says paramiko where there is neither key nor password
+
+
 def _explain_ssh_error(uri: SFTPURI, err: Exception, names: set[str]) -> CheckpointError:
-    if "AuthenticationException" in names or "No authentication methods" in str(err):
+    is_late = "timeout" in str(err).lower()
+    if ("AuthenticationException" in names and not is_late) or _NO_WAY_IN in str(err):
         return AccessDeniedError(uri, f"the host refuses the login ({err})", uri.credentials)
     problem, remedy = f"no useful answer ({err or type(err).__name__})", "check host and network"
     if isinstance(err, UnknownHostKeyError):
