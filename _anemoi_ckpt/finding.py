@@ -21,6 +21,7 @@ from _anemoi_ckpt.places import (
     check_params,
     parse_folder,
     parse_uri,
+    path_of,
     sibling,
 )
 from _anemoi_ckpt.tables import Table, plain, plain_fields, sized
@@ -71,13 +72,13 @@ def found(pattern: str | os.PathLike[str] | URI, transport: Transport) -> Iterat
         beginning, recursive, chooses = parse_folder(pattern), True, _is_named_so
     else:
         beginning = _beginning(str(pattern))
-        path = _path_of(parse_uri(pattern))
-        glob = path[len(_path_of(beginning)) :]
+        path = path_of(parse_uri(pattern))
+        glob = path[len(path_of(beginning)) :]
         recursive = "/" in glob or "**" in glob
         chooses = re.compile(_as_regex(path), re.DOTALL).fullmatch
     check_params(beginning, transport.params)
     for entry in listed(beginning, transport, recursive=recursive):
-        if not entry.is_folder and chooses(_path_of(entry.uri)):
+        if not entry.is_folder and chooses(path_of(entry.uri)):
             yield entry
 
 
@@ -85,10 +86,6 @@ def is_glob(pattern: object) -> bool:
     """Tell whether a place has wildcards in it, and is no path that is there."""
     text = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
     return isinstance(text, str) and _first_magic(text) >= 0 and not Path(text).exists()
-
-
-def _path_of(uri: URI) -> str:
-    return str(getattr(uri, uri.path_field))
 
 
 def _is_named_so(path: str) -> bool:

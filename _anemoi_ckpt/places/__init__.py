@@ -84,11 +84,16 @@ class URI:
     @property
     def filename(self) -> str:
         """The last part of its path."""
-        return str(getattr(self, self.path_field)).rstrip("/").rpartition("/")[2]
+        return path_of(self).rstrip("/").rpartition("/")[2]
 
     def __str__(self) -> str:
         """Give back the text as it was written."""
         return self.text
+
+
+def path_of(uri: URI) -> str:
+    """Give a place's path in its bucket, on its host or on the disk."""
+    return str(getattr(uri, uri.path_field))
 
 
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
@@ -220,7 +225,7 @@ def sibling(uri: URI, name: str) -> URI:
     is_encoded = uri.is_url or uri.is_quoted or uri.text.startswith(_URLS)
     changes["text"] = beside(uri.text, is_encoded)
     if uri.path_field != "text":
-        changes[uri.path_field] = beside(getattr(uri, uri.path_field), uri.is_url)
+        changes[uri.path_field] = beside(path_of(uri), uri.is_url)
     return evolve(uri, **changes)
 
 
@@ -561,7 +566,7 @@ class Entry:
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder: more lies beneath it."""
-        path = str(getattr(self.uri, self.uri.path_field))
+        path = path_of(self.uri)
         return not path or path.endswith("/")  # a bucket's is empty
 
     @classmethod
@@ -569,12 +574,12 @@ class Entry:
         cls, uri: URI, path: str, size: int | None = None, modified: datetime | None = None
     ) -> Entry:
         """Make an entry of a path that was found when `uri` was listed."""
-        listed = str(getattr(uri, uri.path_field))
+        listed = path_of(uri)
         return cls(sibling(uri, path[listed.rfind("/") + 1 :]), size, modified)
 
 
 def _in_order(entries: Iterable[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: str(getattr(entry.uri, entry.uri.path_field)))
+    return sorted(entries, key=lambda entry: path_of(entry.uri))
 
 
 @frozen

@@ -28,6 +28,7 @@ from _anemoi_ckpt.places import (
     Version,
     list_all,
     list_page,
+    path_of,
     register_scheme,
     resolve,
 )
@@ -215,7 +216,7 @@ def _pinned(uri: HFURI, params: Params) -> HFURI:
 def _only_checkpoint(uri: HFURI, folder: str, params: Params) -> URI:
     """Name the checkpoint that a folder has; of one in parts, its index."""
     entries = list_all(evolve(uri, path=folder), params)
-    names = [str(getattr(each.uri, uri.path_field))[len(folder) :] for each in entries]
+    names = [path_of(each.uri)[len(folder) :] for each in entries]
     endings = (*CHECKPOINTS, ".index.json")
     found = [each for each in names if each.endswith(endings) and not _SHARD.search(each)]
     if not found:

@@ -32,6 +32,7 @@ from _anemoi_ckpt.places import (
     open_stream,
     parse_folder,
     parse_uri,
+    path_of,
     read_range,
     register_scheme,
     resolve,
@@ -326,10 +327,10 @@ def _listing(uri: MLflowURI, folder: str, params: Params) -> Iterator[_Listed]:
         yield from _proxied_listing(uri, folder, params)
         return
     place = parse_folder(folder.rstrip("/") or "/")
-    start = len(str(getattr(place, place.path_field)))
+    start = len(path_of(place))
     with suppress(CheckpointNotFoundError):
         for each in list_all(place, params):
-            path = str(getattr(each.uri, each.uri.path_field))
+            path = path_of(each.uri)
             yield path[start:], each.size, each.modified
 
 

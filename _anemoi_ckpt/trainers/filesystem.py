@@ -11,7 +11,7 @@ from typing import Any
 
 from _anemoi_ckpt.blocks import first_alone
 from _anemoi_ckpt.errors import InvalidURIError
-from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, remove_object
+from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, path_of, remove_object
 from _anemoi_ckpt.transport import Source, Transport, attempted, listed, locate
 
 _PROTOCOLS = ("s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss")
@@ -61,9 +61,9 @@ class _Places:
             uri = parse_folder(name)
             next(listed(uri, self.transport), None)
             return _described(Entry(uri))
-        key = getattr(uri, uri.path_field)
+        key = path_of(uri)
         for entry in listed(uri, self.transport):
-            if getattr(entry.uri, uri.path_field).rstrip("/") == key:
+            if path_of(entry.uri).rstrip("/") == key:
                 return _described(entry)
         raise FileNotFoundError(path)
 
