@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smart_open.hdfs
 import torch
 
 import _anemoi_ckpt.places.parts
@@ -301,6 +302,13 @@ def test_what_a_file_in_hadoop_is_called() -> None:
             parse_uri(text)
 
 
+needs_terminate = pytest.mark.skipif(
+    not hasattr(smart_open.hdfs.CliRawOutputBase, "terminate"),
+    reason="smart-open>=9 is not installed",
+)
+
+
+@needs_terminate
 def test_files_are_read_and_written_by_hdfs(hadoop: Path, tmp_path: Path, capfd) -> None:
     uri = "hdfs://namenode:9000/a.ckpt"
     save(CHECKPOINT, uri)
@@ -319,6 +327,15 @@ def test_files_are_read_and_written_by_hdfs(hadoop: Path, tmp_path: Path, capfd)
         stream.write("text")  # type: ignore[arg-type] # the case
     with pytest.raises(TypeError, match="means nothing"):
         load(uri, transport_params={"client": 1})
+
+
+def test_an_older_smart_open(hadoop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (hadoop / "a.ckpt").write_bytes(DATA)
+    monkeypatch.delattr(smart_open.hdfs.CliRawOutputBase, "terminate", raising=False)
+    for verb in (load, lambda uri: save({}, uri)):
+        with pytest.raises(MissingPackageError, match="before 9 leaves half a file"):
+            verb("hdfs://namenode:9000/a.ckpt")
+    assert (hadoop / "a.ckpt").read_bytes() == DATA
 
 
 def write_half(uri: str) -> None:

@@ -109,7 +109,11 @@ def _opened(uri: HDFSURI, mode: str, params: Params) -> Any:
         raise MissingPackageError(
             uri, f"the program {_PROGRAM} is not there", "install Hadoop's client, and set PATH"
         )
-    return imported("smart_open.hdfs", uri).open(uri.location, mode)
+    hdfs = imported("smart_open.hdfs", uri)
+    if not hasattr(hdfs.CliRawOutputBase, "terminate"):  # and no reader closes its pipe
+        problem = "smart-open before 9 leaves half a file in Hadoop where a write fails"
+        raise MissingPackageError(uri, problem, "pip install 'smart-open>=9'")
+    return hdfs.open(uri.location, mode)
 
 
 @explain.register
