@@ -290,7 +290,11 @@ def test_a_tar_of_others_or_with_headers_that_lie(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with tarfile.open(path, "w") as tar:
         tar.add(tarred(tmp_path / "b.ckpt"), "b.ckpt")
-    with pytest.raises(NotACheckpointError, match=r"not one of torch 0\.1; extract it"):
+    with pytest.raises(NotACheckpointError, match=r"tar archive with 'b\.ckpt' in it; extract that"):
+        load(path)
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path / "b.ckpt", "b.txt")
+    with pytest.raises(NotACheckpointError, match=r"a tar archive, and not one of torch 0\.1"):
         load(path)
     whole = (tmp_path / "b.ckpt").read_bytes()
     first = whole.index(b"sys_info\0")
