@@ -290,7 +290,9 @@ def test_a_tar_of_others_or_with_headers_that_lie(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with tarfile.open(path, "w") as tar:
         tar.add(tarred(tmp_path / "b.ckpt"), "b.ckpt")
-    with pytest.raises(NotACheckpointError, match=r"tar archive with 'b\.ckpt' in it; extract that"):
+    with pytest.raises(
+        NotACheckpointError, match=r"tar archive with 'b\.ckpt' in it; extract that"
+    ):
         load(path)
     with tarfile.open(path, "w") as tar:
         tar.add(tmp_path / "b.ckpt", "b.txt")
