@@ -125,7 +125,7 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
         },
     }
     gcs.write("run/last.ckpt", as_bytes(checkpoint))
-    for key in ("run/last.ckpt", "last.ckpt"):
+    for key in ("run/inference-last.ckpt", "run/last.ckpt", "last.ckpt"):
         s3.sdk.put_object(Bucket="bucket", Key=key, Body=with_metadata(checkpoint))
     for name in ("last.ckpt", "pretrained.ckpt"):
         http_server.put(name, as_bytes(checkpoint))
@@ -159,7 +159,7 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
     commands = re.findall(r"^anemoi-ckpt (.*)$", README, re.MULTILINE)
     for command in commands:
         assert main(shlex.split(stores(command), comments=True)) == 0, capsys.readouterr().err
-    assert len(commands) == 9
+    assert len(commands) == 10
     assert load("light.safetensors")["head.weight"].dtype is torch.bfloat16
     assert list(load(stores("gs://bucket/encoder.ckpt"), strategies.weights)) == [
         "encoder.weight",
