@@ -243,7 +243,9 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
                 found.retry_after = _retry_after(err)
                 found.lasting = applies is not _is_unreachable
             return found
-    return CheckpointError(uri, str(said), "check the name, the account and the settings of the place")
+    return CheckpointError(
+        uri, str(said), "check the name, the account and the settings of the place"
+    )
 
 
 def empty_file(uri: object) -> CheckpointError:
