@@ -382,7 +382,8 @@ def diff(  # noqa: PLR0913 - by keyword
         a: where one is, or a checkpoint, state dict or model in memory.
         b: likewise. A side without tensors beside the weights, such as a model, is compared by
             its weights alone.
-        strategies: what both are put through.
+        strategies: what both are put through. Where a state dict alone is left, as by `weights`,
+            Anemoi's metadata are not compared.
         values: fetch what differs or may differ, and tell how far it is apart.
         trust: as for `load`.
         retries: as for `load`.
@@ -617,6 +618,10 @@ def latest(
             for each in entries
             if each.uri.filename.endswith(CHECKPOINTS) and not each.is_folder
         ]
+    if not chosen and is_glob(folder):
+        raise CheckpointNotFoundError(
+            parse_uri(folder), "this glob chooses no checkpoint", "check it; find lists a folder"
+        )
     if not chosen:
         names = [each.uri.filename for each in entries]
         raise CheckpointNotFoundError(

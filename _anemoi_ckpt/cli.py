@@ -24,8 +24,8 @@ import anemoi_ckpt
 from _anemoi_ckpt.cache import CacheEntry, cache_entries, cache_folder, clear_cache
 from _anemoi_ckpt.errors import CheckpointError, harmless, redact
 from _anemoi_ckpt.pickles.inert import walk
-from _anemoi_ckpt.places import parse_uri
-from _anemoi_ckpt.places.local import LocalURI
+from _anemoi_ckpt.places import URI, parse_uri
+from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.saving import is_safetensors
 from _anemoi_ckpt.tables import plain, sized
 from _anemoi_ckpt.transport import RETRIES, Transport, locate, open_for_writing, stream_pinned
@@ -116,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("ls", _run_ls, "list the checkpoints of a folder, or those that a glob chooses")
-    command.add_argument("pattern", metavar="URI")
+    command.add_argument("pattern", metavar="URI", help="a folder; or a glob, in quotes")
     command = add("latest", _run_latest, "tell which checkpoint of a folder or glob is the newest")
-    command.add_argument("pattern", metavar="URI")
+    command.add_argument("pattern", metavar="URI", help="a folder; or a glob, in quotes")
     command = add("peek", _run_peek, "tell what is in a checkpoint")
     command.add_argument("uri", metavar="URI")
     command.add_argument("--tree", action="store_true", help="the modules and what they take")
@@ -263,21 +263,36 @@ def _copy(parsed: argparse.Namespace, source: str, target: str) -> Any:
     transport = Transport(None, parsed.retries, parsed.timeout)
     progress = False if parsed.quiet else None
     place, to = locate(source, transport), parse_uri(target)
-    if isinstance(to, LocalURI) and Path(to.path).is_dir():
-        to = parse_uri(Path(to.path) / place.filename)
-    converted = is_safetensors(to) and not is_safetensors(place)
+    folder = _folder_of(to)
+    converted = is_safetensors(to) and not is_safetensors(place) and folder is None
     steps = _strategies_of(parsed, weights=parsed.weights or converted)
     if steps:
         wanted = anemoi_ckpt.load(place, *steps, progress=progress, **_policy(parsed))
         if not any(isinstance(leaf, torch.Tensor) for _, leaf in walk(wanted)):
             raise ValueError("nothing would be written: no tensor is left")
+        if folder is not None:
+            to = _made_beneath(folder, place.filename)
         anemoi_ckpt.save(wanted, to, metadata=place, **_policy(parsed))
     elif isinstance(to, LocalURI):
-        anemoi_ckpt.download(place, to.path, progress=progress, **_policy(parsed))
+        return anemoi_ckpt.download(place, to.path, progress=progress, **_policy(parsed))
     else:
         with open_for_writing(to, transport) as stream:
             stream_pinned(place, stream, transport)
     return to
+
+
+def _folder_of(to: URI) -> LocalURI | None:
+    """Tell whether a folder is meant, rather than a file."""
+    if isinstance(to, LocalURI) and (to.path.endswith(os.sep) or Path(to.path).is_dir()):
+        return to
+    return None
+
+
+def _made_beneath(folder: LocalURI, name: str) -> URI:
+    """Give a file's place in a folder, which is made if it is not there."""
+    with explained_writing(folder):
+        Path(folder.path).mkdir(parents=True, exist_ok=True)
+    return parse_uri(Path(folder.path, name))
 
 
 # ── cache ─────────────────────────────────────────────────────────────────────────────────────

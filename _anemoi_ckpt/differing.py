@@ -22,6 +22,7 @@ from zlib_ng import zlib_ng
 from _anemoi_ckpt.anatomy import path_to_weights, weights_at
 from _anemoi_ckpt.compat import without_modes
 from _anemoi_ckpt.errors import redact
+from _anemoi_ckpt.formats import Archive
 from _anemoi_ckpt.loading import completed
 from _anemoi_ckpt.metadata import find_metadata
 from _anemoi_ckpt.opening import Opened
@@ -307,7 +308,6 @@ def stored(checkpoint: Opened, strategies: Sequence[Strategy], trust: Trust) -> 
     """
     archive = checkpoint.archive
     place = redact(str(archive.place))
-    facts = {"metadata": find_metadata(archive)}
     moved = lambda: checkpoint.bytes_moved  # noqa: E731 - a property, asked for later
     originals: set[StorageWeakRef] = set()
     rewind = random_states()
@@ -315,7 +315,7 @@ def stored(checkpoint: Opened, strategies: Sequence[Strategy], trust: Trust) -> 
     rewind()
     if found.result is None and found.needed:  # a strategy asked for values
         whole = completed(checkpoint, strategies, trust, progress=False).result
-        return _held(whole, place, facts, moved)
+        return _held(whole, place, _metadata_of(archive, strategies, whole), moved)
 
     def describe(tensor: torch.Tensor) -> _Facts:
         described = _described(tensor)
@@ -350,10 +350,16 @@ def stored(checkpoint: Opened, strategies: Sequence[Strategy], trust: Trust) -> 
         place,
         {name: describe(tensor) for name, tensor in weights.items()},
         {name: describe(tensor) for name, tensor in others.items()},
-        entries | _entries_of(facts),
+        entries | _entries_of(_metadata_of(archive, strategies, found.result)),
         read,
         moved,
     )
+
+
+def _metadata_of(archive: Archive, strategies: Sequence[Strategy], result: Any) -> dict[str, Any]:
+    """Give what Anemoi embeds, unless strategies made a state dict: these are no part of it."""
+    is_chosen = bool(strategies) and path_to_weights(result) == ()
+    return {} if is_chosen else {"metadata": find_metadata(archive)}
 
 
 def _note(originals: set[StorageWeakRef], checkpoint: Any) -> Any:

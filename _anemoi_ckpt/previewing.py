@@ -40,7 +40,13 @@ class Plan(Table):
     report: Report | None  # what `load_into` would give, if there is a model and the plan complete
 
     def seconds(self, bytes_per_second: float) -> float:
-        """Tell how long the load takes at a rate."""
+        """Tell how long the load takes at a rate.
+
+        Raises:
+            ValueError: the rate is not above zero.
+        """
+        if not bytes_per_second > 0:
+            raise ValueError(f"bytes_per_second is more than 0, not {bytes_per_second}")
         return (self.bytes_moved + self.bytes_to_move) / bytes_per_second
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ import anemoi_ckpt
 import servers
 from anemoi_ckpt import load, main, metadata, save
 from checkpoints import as_bytes
+from conftest import Place
 
 COMMANDS = ["ls", "latest", "peek", "plan", "diff", "verify", "metadata", "copy", "cache"]
 
@@ -141,6 +142,54 @@ def test_copying_what_is_wanted(capsys: Any) -> None:
     assert list(load("both.ckpt")) == list(checkpoint()["state_dict"])
     assert json.loads(answer(capsys, "copy", "a.ckpt", "c.ckpt", "--json")) == "c.ckpt"
     assert Path("c.ckpt").read_bytes() == Path("a.ckpt").read_bytes()
+
+
+@pytest.mark.usefixtures("files")
+def test_copying_into_a_folder(capsys: Any) -> None:
+    """One that ends with a slash is made, whatever is wanted of the checkpoint."""
+    assert answer(capsys, "copy", "a.ckpt", "whole/deep/") == "whole/deep/a.ckpt\n"
+    assert answer(capsys, "copy", "a.ckpt", "light/deep/", "--weights") == "light/deep/a.ckpt\n"
+    assert answer(capsys, "copy", "b.ckpt", "light/deep", "--weights") == "light/deep/b.ckpt\n"
+    assert list(load("light/deep/a.ckpt")) == list(checkpoint()["state_dict"])
+    assert Path("whole/deep/a.ckpt").read_bytes() == Path("a.ckpt").read_bytes()
+    Path("all.safetensors").mkdir()  # the name of a folder tells no format
+    assert answer(capsys, "copy", "a.ckpt", "all.safetensors") == "all.safetensors/a.ckpt\n"
+    assert load("all.safetensors/a.ckpt")["epoch"] == 3
+    assert main(["copy", "a.ckpt", "a.ckpt/", "--weights"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["copy", "a.ckpt", "none/", "--include", "nothing"]) == 1
+    assert not Path("none").exists()
+
+
+def test_each_question_of_each_place(place: Place, capsys: Any) -> None:
+    """Asked in a shell, of a local disk, a web server and the stores."""
+    data = as_bytes(checkpoint())
+    uri = place.put("run/last.ckpt", data)
+    wrong = bytearray(data)
+    wrong[data.index(torch.full((9,), 1.0).numpy().tobytes())] ^= 1
+    damaged = place.put("run/deep/damaged.ckpt", bytes(wrong))
+    changed = place.put("run/deep/changed.ckpt", as_bytes(checkpoint(3.0)))
+
+    def told(*arguments: str, code: int = 0) -> Any:
+        return json.loads(answer(capsys, *arguments, "--json", "-q", code=code))
+
+    assert told("peek", uri)["parameters"] == 503
+    assert told("plan", uri, "--weights")["tensors"][1]["name"] == "model.head.bias"
+    assert told("diff", uri, changed, code=1)["changed"] == ["model.encoder.weight"]
+    norms = told("diff", uri, changed, "--values", code=1)["norms"]
+    assert norms["model.encoder.weight"] == {"max": 2.0, "mean": 2.0, "relative": 2.0}
+    assert told("diff", uri, changed, "--weights", "--include", "*.head")["equal"] == [
+        "model.head.bias"
+    ]
+    assert told("verify", uri, "--values")["not_finite"] == {}
+    assert len(told("verify", damaged, code=1)["damaged"]) == 1
+    if place.kind == "http":  # which tells of no folder
+        return
+    folder = uri.rpartition("/")[0]
+    assert [each["uri"] for each in told("ls", folder)] == [changed, damaged, uri]
+    assert [each["uri"] for each in told("ls", f"{folder}/*/d*.ckpt")] == [damaged]
+    assert told("latest", folder) == uri
+    assert told("latest", f"{folder}/**/ch*") == changed
 
 
 @pytest.mark.usefixtures("files")

@@ -85,10 +85,19 @@ def test_did_the_frozen_encoder_stay_frozen(tmp_path: Path) -> None:
     b["state_dict"] |= {name: each for name, each in state(1).items() if "decoder" in name}
     b["epoch"] = 9
     for name, each in (("a", a), ("b", b)):
-        save(each, tmp_path / f"{name}.ckpt")
+        save(each, tmp_path / f"{name}.ckpt", metadata={"run_id": name})
     one, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     assert diff(one, other, s.weights, s.include("encoder")).same
     assert not diff(one, other, s.weights, s.include("decoder")).same
+    assert diff(one, other, s.include("encoder")).entries == {
+        "epoch": ("3", "9"),
+        "metadata.run_id": ("'a'", "'b'"),
+    }
+
+    def finite(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # asks for values
+        return {name: each for name, each in state_dict.items() if each.isfinite().all()}
+
+    assert diff(one, other, s.weights, s.include("encoder"), finite).same
 
 
 def test_how_far_they_are_apart(http_server: servers.HTTPServer) -> None:

@@ -120,7 +120,8 @@ def test_the_latest_that_a_glob_finds(run: str) -> None:
         return int(entry.uri.filename.partition("=")[2].removesuffix(".ckpt"))
 
     assert latest(f"{run}/**/epoch=*.ckpt", key=epoch).filename == "epoch=10.ckpt"
-    with pytest.raises(CheckpointNotFoundError):
+    assert latest(f"{run}/a/*", key=lambda entry: peek(entry).bytes).filename == "notes.txt"
+    with pytest.raises(CheckpointNotFoundError, match="glob chooses no checkpoint"):
         latest(f"{run}/a/none*.ckpt")
 
 
@@ -175,6 +176,11 @@ def test_errors_of_a_listing(tmp_path: Path, s3: servers.Store) -> None:
         find("s3://no-such-bucket-here/**.ckpt")
     with pytest.raises(InvalidURIError, match="does not tell what is in it"):
         find("https://example.com/run/*.ckpt")
+    file = tmp_path / "a.ckpt"
+    file.write_bytes(DATA)
+    for ask in (find, latest, list_objects):
+        with pytest.raises(CheckpointNotFoundError, match="a file, not a folder"):
+            ask(file)
     with pytest.raises(TypeError):
         find(None)  # type: ignore[arg-type]
 

@@ -64,6 +64,9 @@ def test_what_is_planned_is_named(tmp_path: Path) -> None:
     assert len(found.records) == 2
     assert found.bytes_to_move >= 4 * SIZE + 12
     assert found.report is None
+    for rate in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="more than 0"):
+            found.seconds(rate)
     text = repr(found)
     assert "tensors 2" in text
     assert "layers.3.weight" in text

@@ -158,6 +158,9 @@ def _not_found(uri: LocalURI) -> CheckpointError:
         return CheckpointNotFoundError(
             uri, f"the directory {path.parent} does not exist", "check the path"
         )
+    if uri.path.endswith("/") and path.is_file():
+        remedy = "name a folder, or a glob, which a shell wants in quotes"
+        return CheckpointNotFoundError(uri, "this is a file, not a folder", remedy)
     names = (other.name for other in path.parent.iterdir())
     remedy = suggestion(path.name, names) or "check the name"
     kind = "folder" if uri.path.endswith("/") else "file"
