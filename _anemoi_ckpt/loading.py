@@ -144,7 +144,7 @@ def _loaded_from(
     directory = None
     try:
         checkpoint = opened(place, transport, progress)
-        directory = _directory(checkpoint)
+        directory = checkpoint.directory
         check_digest(checkpoint, place)
         return completed(checkpoint, strategies, trust, progress)
     except CorruptError:
@@ -154,15 +154,9 @@ def _loaded_from(
             raise
         else:
             checkpoint = opened(place, transport, progress)
-            if _directory(checkpoint) == directory:  # no bit of it flipped on the way
+            if checkpoint.directory == directory:  # no bit of it flipped on the way
                 raise
     return completed(checkpoint, strategies, trust, progress)
-
-
-def _directory(checkpoint: Opened) -> tuple[Any, ...]:
-    """Give where an archive has its records, which no checksum covers."""
-    archive = checkpoint.archive
-    return archive.byteorder, dict(archive.records), dict(archive.members)
 
 
 def completed(

@@ -77,6 +77,11 @@ class Opened:
         return sum(self.origin.moved)
 
     @property
+    def directory(self) -> tuple[Any, ...]:
+        """Where the archive has its records, and their checksums, which no checksum covers."""
+        return self.archive.byteorder, dict(self.archive.records), dict(self.archive.members)
+
+    @property
     def bytes_stored(self) -> int:
         """Size of the object, or of all shards."""
         return self.origin.size

@@ -220,6 +220,19 @@ def test_a_bit_that_flips_on_the_way_to_an_answer(
         assert QUESTIONS[question](uri) == right
 
 
+def test_a_checksum_that_flips_on_the_way_to_verify(http_server: servers.HTTPServer) -> None:
+    name = SERVED.rindex(b"archive/data/0")  # in the directory, whose CRC-32 is 30 bytes before
+    uri = http_server.put("a.ckpt", SERVED)
+    flips_in(http_server, name - 30, 0, once=True)
+    found = verify(uri)
+    assert found.ok
+    assert found.bytes_moved > 2 * len(SERVED)
+    http_server.reset()
+    flips_in(http_server, name - 30, 0, once=False)
+    (damage,) = verify(uri).damaged
+    assert "archive/data/0" in damage
+
+
 def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save(LARGE, path, metadata={"run_id": "abc"})
