@@ -175,6 +175,7 @@ def _is_unreachable(said: _Complaint) -> bool:
 
 
 CHECK_NAME = "check the name for typing errors"
+CHECK_BUCKET = "check its name, and the account or endpoint"
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
     (
@@ -206,7 +207,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _lacks_bucket,
         CheckpointNotFoundError,
         "there is no such bucket or container",
-        "check its name, and the account or endpoint",
+        CHECK_BUCKET,
     ),
     (
         _is_hidden,
@@ -243,7 +244,9 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
                 found.retry_after = _retry_after(err)
                 found.lasting = applies is not _is_unreachable
             return found
-    return CheckpointError(uri, str(said), "check the name, the account and the settings of the place")
+    return CheckpointError(
+        uri, str(said), "check the name, the account and the settings of the place"
+    )
 
 
 def empty_file(uri: object) -> CheckpointError:
