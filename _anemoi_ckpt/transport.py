@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
@@ -45,7 +45,7 @@ from _anemoi_ckpt.places import (
     resolve,
     sibling,
 )
-from _anemoi_ckpt.places.explained import CHECK_NAME, empty_file, explained
+from _anemoi_ckpt.places.explained import CHECK_BUCKET, CHECK_NAME, empty_file, explained
 from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
@@ -305,7 +305,8 @@ def locate(place: Place, transport: Transport) -> URI:
     """
     uri = parse_place(place)
     check_params(uri, transport.params)
-    located = attempted(transport, partial(resolve, uri, transport.params))
+    with naming_similar(uri, transport):
+        located = attempted(transport, partial(resolve, uri, transport.params))
     check_params(located, transport.params)
     return located
 
@@ -329,19 +330,31 @@ def find_version(uri: URI, transport: Transport) -> Version:
 def naming_similar(uri: URI, transport: Transport) -> Iterator[None]:
     """Have the error of an object that is not there name those beside it whose names are like its.
 
-    That takes one listing. Where it is refused, or the place lists nothing, no names are told.
+    That takes one listing. Where it is refused, or the place lists nothing, no names are told;
+    where it says that the bucket is missing, which an answer to HEAD cannot, the error says so.
     """
     try:
         yield
     except CheckpointNotFoundError as err:
         if err.remedy == CHECK_NAME:  # and no bucket is missing
             ask = partial(list_page, sibling(uri, ""), None, transport.params)
-            with suppress(CheckpointError, UnknownParamError):
+            try:
                 page = attempted(evolve(transport, retries=0), ask)
-                names = [entry.uri.filename for entry in page.entries]
+            except CheckpointNotFoundError as other:
+                if other.remedy == CHECK_BUCKET:
+                    err.problem, err.remedy = other.problem, other.remedy
+            except (CheckpointError, UnknownParamError) as other:
+                log.debug("no similar names are told: %s", other)
+            else:
+                names = [_name_in(entry) for entry in page.entries]
                 err.remedy = suggestion(uri.filename, names) or CHECK_NAME
-                err.name_place(err.place)
+            err.name_place(err.place)
         raise
+
+
+def _name_in(entry: Entry) -> str:
+    """Give a name in a folder, with a slash if it is itself one."""
+    return entry.uri.filename + "/" * entry.is_folder
 
 
 def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterator[Entry]:

@@ -96,7 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 )
 def test_a_text_names_a_file_of_a_repository(text, repo, revision, path) -> None:
     assert parse_uri(text) == HFURI(text, repo, path, revision)
-    assert parse_uri(text).filename == path.rpartition("/")[2]
+    assert parse_uri(text).filename == path.rstrip("/").rpartition("/")[2]
     assert CheckpointNotFoundError(text, "", "").place == text  # a revision is no password
 
 
@@ -212,6 +212,19 @@ def test_a_download_is_checked_against_the_hubs_digest(hub: Hub, tmp_path: Path)
     with pytest.raises(CorruptError, match="sha256"):
         download(f"hf://{REPO}/a.safetensors", tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_name_tells_those_that_the_hub_has(hub: Hub) -> None:
+    commit = hub.commit(REPO, {"run/last.ckpt": b"x", "run/other.txt": b"x"})
+    for name, said in {
+        "run/lasst.ckpt": r"Entry not found\); is it one of these: last.ckpt\?$",
+        "runn": r"is it one of these: run/\?$",
+        "run/xyz": "check the name for typing errors$",
+    }.items():
+        for text in (f"{REPO}/{name}", f"{REPO}@{commit}/{name}"):
+            for act in (load, peek, download):
+                with pytest.raises(CheckpointNotFoundError, match=said):
+                    act(f"hf://{text}")
 
 
 def test_a_file_that_changes_without_a_commit(hub: Hub) -> None:
@@ -651,6 +664,9 @@ def test_what_is_in_a_folder_of_mlflow(tracked, tmp_path: Path) -> None:
             load(text)
     with pytest.raises(CheckpointNotFoundError):
         load(f"runs:/{run}/none")
+    for text in (f"runs:/{run}/dir", f"models:/listed-{run}/1", path):
+        with pytest.raises(CheckpointNotFoundError, match=r"is it one of these: a b.ckpt\?$"):
+            load(f"{text}/a_b.ckpt")
     with pytest.raises(CheckpointNotFoundError, match="RESOURCE_DOES_NOT_EXIST"):
         list_objects("runs:/abc/dir")
 

@@ -279,6 +279,8 @@ def test_a_wrong_name_tells_those_that_are_like_it(place, read: str) -> None:
     assert str(caught.value).endswith("; is it one of these: last.ckpt?")
     with pytest.raises(CheckpointNotFoundError, match="check the name"):
         READS[read](f"{folder}/xyz")
+    with pytest.raises(CheckpointNotFoundError, match=r"one of these: deep/\?$"):
+        READS[read](f"{folder}/deeep")
 
 
 @pytest.mark.parametrize("place", STORES, indirect=True)

@@ -264,6 +264,26 @@ def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
     assert sorted(path.name for path in target.parent.iterdir()) == ["a.ckpt"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no paths here")
+def test_a_pipe_and_links_that_lead_nowhere(tmp_path: Path) -> None:
+    pipe, circle, link = tmp_path / "pipe", tmp_path / "circle", tmp_path / "link"
+    os.mkfifo(pipe)
+    with pytest.raises(InvalidURIError, match="a pipe or a device, not a file; save it to a file"):
+        save({"w": torch.ones(1)}, pipe)
+    assert pipe.is_fifo()
+    circle.symlink_to(circle)
+    with pytest.raises(CheckpointError, match=r"cannot be written.*links"):
+        save({"w": torch.ones(1)}, circle)
+    assert circle.is_symlink()
+    link.symlink_to(tmp_path / "none")
+    with pytest.raises(CheckpointNotFoundError, match=r"this link leads to .*/none, which is not"):
+        load(link)
+    save({"w": torch.ones(1)}, link)
+    assert load(tmp_path / "none")["w"].item() == 1
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("folder", [".", "", "new/"])
 def test_a_folder_is_not_written_to(folder: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

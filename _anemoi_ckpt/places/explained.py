@@ -175,6 +175,7 @@ def _is_unreachable(said: _Complaint) -> bool:
 
 
 CHECK_NAME = "check the name for typing errors"
+CHECK_BUCKET = "check its name, and the account or endpoint"
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
     (
@@ -206,7 +207,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _lacks_bucket,
         CheckpointNotFoundError,
         "there is no such bucket or container",
-        "check its name, and the account or endpoint",
+        CHECK_BUCKET,
     ),
     (
         _is_hidden,

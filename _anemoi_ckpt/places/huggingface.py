@@ -71,6 +71,11 @@ class HFURI(HTTPURI):
         return f"{_hub_endpoint()}/{self.repo}/resolve/{revision}/{path}"
 
     @property
+    def filename(self) -> str:
+        """The last part of its path, of a folder's, too."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    @property
     def is_bucket(self) -> bool:
         """Whether it is in a bucket, and not in a repository."""
         return self.repo.startswith("buckets/")

@@ -161,7 +161,10 @@ def _not_found(uri: LocalURI) -> CheckpointError:
     if uri.path.endswith("/") and path.is_file():
         remedy = "name a folder, or a glob, which a shell wants in quotes"
         return CheckpointNotFoundError(uri, "this is a file, not a folder", remedy)
-    names = (other.name for other in path.parent.iterdir())
+    if path.is_symlink():
+        problem = f"this link leads to {path.readlink()}, which is not there"
+        return CheckpointNotFoundError(uri, problem, "check the link")
+    names = (other.name + "/" * other.is_dir() for other in path.parent.iterdir())
     remedy = suggestion(path.name, names) or "check the name"
     kind = "folder" if uri.path.endswith("/") else "file"
     return CheckpointNotFoundError(uri, f"there is no such {kind}", remedy)
@@ -238,6 +241,7 @@ def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator
     path = Path(os.path.realpath(uri.path))
     if os.path.isdir(path) or uri.path.endswith(os.sep):  # noqa: PTH112 - no name is too long
         raise InvalidURIError(uri, "this is a folder", "add the name of the checkpoint to write")
+    _refuse_device(uri)
     part = hidden(path, f"{uuid.uuid4().hex}.part")  # no other call's
     try:
         with explained_writing(uri), part.open("wb") as stream:
@@ -249,6 +253,14 @@ def open_file_writer(uri: LocalURI, transport_params: Params = None) -> Iterator
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
             part.unlink()
+
+
+def _refuse_device(uri: LocalURI) -> None:
+    """Refuse to put a file in the place of a pipe or a device."""
+    with explained_writing(uri), suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(uri.path).st_mode):  # noqa: PTH116 - no name is too long
+            problem = "this is a pipe or a device, not a file"
+            raise InvalidURIError(uri, problem, "save it to a file, and copy that there")
 
 
 def hidden(path: Path, ending: str) -> Path:

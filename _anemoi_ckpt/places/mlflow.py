@@ -371,6 +371,18 @@ def list_mlflow_folder(
     return Page(list(found.values()))
 
 
+@list_page.register
+def list_proxied_folder(
+    uri: _NamedURL,
+    token: str | None = None,
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List what lies beside a file at the tracking server: by the name that the user gave."""
+    return list_page(parse_uri(uri.text), token, transport_params, recursive=recursive)
+
+
 def _walk(uri: MLflowURI, folder: str, params: Params, *, recursive: bool) -> Iterator[_Listed]:
     for name, size, modified in _listing(uri, folder, params):
         if recursive and name.endswith("/"):
