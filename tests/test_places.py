@@ -983,7 +983,7 @@ def test_a_file_that_may_not_be_read_and_a_disk_that_fails(tmp_path: Path, monke
     with pytest.raises(AccessDeniedError, match="may not be read; make the file readable"):
         open_stream("a.ckpt")
     refuse(OSError(5, "Input/output error"))
-    with pytest.raises(CheckpointError, match="Input/output error\); check the disk"):
+    with pytest.raises(CheckpointError, match=r"Input/output error\); check the disk"):
         open_stream("a.ckpt")
 
 
