@@ -7,7 +7,6 @@ with your own credentials) and ANEMOI_CKPT_TEST_HTTP (the URL of one file; make 
 """
 
 import contextlib
-import gc
 import itertools
 import os
 import shutil
@@ -109,15 +108,6 @@ def _bare_environment() -> Iterator[None]:
         for name, value in _NO_METADATA.items():
             patch.setenv(name, value)
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _young_heap() -> Iterator[None]:
-    """The garbage collector looks at what the module's tests make, and not at moto and torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,15 @@ def stage(request: Request) -> str | None:
     return "part" if "partNumber=" in query or "comp=block&" in query else None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def young_heap() -> Iterator[None]:
+    """The garbage collector looks at what these tests make, and not at moto and torch."""
+    gc.collect()
+    gc.freeze()  # not in tests of hypothesis, which looks for what refers to an object
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
