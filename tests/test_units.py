@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import needs
+from _anemoi_ckpt.leadtimes import other_times, read_times
 from anemoi_ckpt import MismatchError, load, load_into, save
 from checkpoints import assert_same
 from strategies import (
@@ -245,3 +246,37 @@ def test_a_real_model_predicts_in_the_units_of_its_data(tmp_path: Path) -> None:
     for name in names.outputs:
         factor = 1000 if name == "tp" else 1
         torch.testing.assert_close(after[name], before[name] * factor, rtol=1e-4, atol=1e-4)
+
+
+# ── lead times ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"timestep": "monthly"},
+        {"timestep": None},
+        {"input_relative_date_indices": "01"},
+        {"input_relative_date_indices": None},
+        {"input_relative_date_indices": [0.5]},
+        {"output_relative_date_indices": []},
+    ],
+)
+def test_steps_that_are_not_told_in_full(told: dict[str, object]) -> None:
+    steps = {"input_relative_date_indices": [0, 1], "output_relative_date_indices": [2]}
+    known = {**steps, "timestep": "6h"}
+
+    def of(*sections: object) -> dict[str, object]:
+        facts = dict(zip("ab", sections, strict=False))
+        return {"hyper_parameters": {"metadata": {"dataset": {}, "metadata_inference": facts}}}
+
+    assert read_times(of({"timesteps": known}, {"timesteps": known | told})) == {
+        "a": "-6h, 0h to +6h"
+    }
+    assert read_times(of("no section", {"timesteps": "none"})) == {}
+
+
+def test_steps_at_other_times() -> None:
+    theirs = {"a": "0h to +6h", "b": "0h to +6h", "c": "0h to +6h"}
+    own = {"a": "0h to +3h", "b": "0h to +6h", "d": "0h to +3h"}
+    assert other_times(theirs, own) == {"a": ("0h to +6h", "0h to +3h")}
