@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anemoi_ckpt import peek, save
+from test_formats import tarred
 
 FACTS = {"tp": {"units": "m"}, "lsm": {}, "q_850": {"units": "kg kg**-1"}}
 
@@ -116,3 +117,7 @@ def test_metadata_that_are_odd_tell_nothing(tmp_path: Path) -> None:
     for odd in ({"dataset": 3}, {"dataset": {"variables": 3}}, {"provenance_training": [1]}):
         path = save({"w": torch.ones(1)}, tmp_path / "a.ckpt", metadata=odd)
         assert peek(path).variables == {}
+
+
+def test_a_tar_is_of_torch_0_1(tmp_path: Path) -> None:
+    assert peek(tarred(tmp_path / "a.ckpt")).writers["torch"] == "0.1"
