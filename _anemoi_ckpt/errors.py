@@ -42,6 +42,8 @@ class InvalidURIError(CheckpointError, ValueError):
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no such object (or bucket, folder, host's path)."""
 
+    lacks: str = ""  # "object" or "bucket", where the place tells which of them is not there
+
 
 class AccessDeniedError(CheckpointError, PermissionError):
     """The place refused: no credentials, wrong ones, or no permission."""

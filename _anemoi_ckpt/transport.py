@@ -32,10 +32,12 @@ from _anemoi_ckpt.places import (
     Buffers,
     Entry,
     Notify,
+    Page,
     Params,
     UnknownParamError,
     UnrangedError,
     Version,
+    all_pages,
     check_params,
     list_page,
     open_stream,
@@ -45,7 +47,7 @@ from _anemoi_ckpt.places import (
     resolve,
     sibling,
 )
-from _anemoi_ckpt.places.explained import CHECK_BUCKET, CHECK_NAME, empty_file, explained
+from _anemoi_ckpt.places.explained import empty_file, explained
 from _anemoi_ckpt.places.interrupts import Stop, heeded
 from _anemoi_ckpt.places.joined import JoinedURI
 from _anemoi_ckpt.places.memory import MemoryURI
@@ -336,18 +338,18 @@ def naming_similar(uri: URI, transport: Transport) -> Iterator[None]:
     try:
         yield
     except CheckpointNotFoundError as err:
-        if err.remedy == CHECK_NAME:  # and no bucket is missing
+        if err.lacks == "object":
             ask = partial(list_page, sibling(uri, ""), None, transport.params)
             try:
                 page = attempted(evolve(transport, retries=0), ask)
             except CheckpointNotFoundError as other:
-                if other.remedy == CHECK_BUCKET:
+                if other.lacks == "bucket":
                     err.problem, err.remedy = other.problem, other.remedy
             except (CheckpointError, UnknownParamError) as other:
                 log.debug("no similar names are told: %s", other)
             else:
                 names = [_name_in(entry) for entry in page.entries]
-                err.remedy = suggestion(uri.filename, names) or CHECK_NAME
+                err.remedy = suggestion(uri.filename, names) or err.remedy
             err.name_place(err.place)
         raise
 
@@ -363,15 +365,13 @@ def listed(uri: URI, transport: Transport, *, recursive: bool = False) -> Iterat
     Raises:
         CheckpointError: as `list_page`, after too many attempts at one page.
     """
-    token: str | None = None
-    while True:
-        ask = partial(list_page, uri, token, transport.params, recursive=recursive)
-        page = attempted(transport, ask)
-        # a store's marks of empty folders, and links to folders
-        yield from (each for each in page.entries if not (recursive and each.is_folder))
-        token = page.token
-        if token is None:
-            return
+
+    def ask(token: str | None) -> Page:
+        listing = partial(list_page, uri, token, transport.params, recursive=recursive)
+        return attempted(transport, listing)
+
+    # recursive: a store's marks of empty folders, and links to folders
+    yield from (each for each in all_pages(ask) if not (recursive and each.is_folder))
 
 
 def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify) -> None:

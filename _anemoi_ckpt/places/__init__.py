@@ -629,19 +629,24 @@ def list_text_page(
     return list_page(parse_folder(uri), token, transport_params, recursive=recursive)
 
 
+def all_pages(ask: Callable[[str | None], Page]) -> Iterator[Entry]:
+    """Give the entries of all pages, each asked for, by its token, as it is reached."""
+    token: str | None = None
+    while True:
+        page = ask(token)
+        yield from page.entries
+        token = page.token
+        if token is None:
+            return
+
+
 def list_all(uri: URI, transport_params: Params = None) -> Iterator[Entry]:
     """List all pages.
 
     Raises:
         CheckpointError: as `list_page`.
     """
-    token: str | None = None
-    while True:
-        page = list_page(uri, token, transport_params)
-        yield from page.entries
-        token = page.token
-        if token is None:
-            return
+    return all_pages(lambda token: list_page(uri, token, transport_params))
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────

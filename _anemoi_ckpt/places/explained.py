@@ -68,7 +68,7 @@ def explained(uri: URI, pin: Version | None = None) -> Iterator[None]:
     except Exception as err:  # no SDK documents all that it raises
         problem = explain(uri, err, pin)
         is_unknown = type(problem) is CheckpointError and not isinstance(err, OSError)
-        if is_unknown and getattr(uri, "is_users", False):
+        if is_unknown and uri.is_users:
             raise
         if isinstance(problem, AccessDeniedError):
             forget_clients(uri)
@@ -82,7 +82,7 @@ def unless_missing(uri: URI) -> Iterator[None]:
         with explained(uri):
             yield
     except CheckpointNotFoundError as err:
-        if err.remedy != CHECK_NAME:
+        if err.lacks != "object":
             raise
 
 
@@ -174,8 +174,7 @@ def _is_unreachable(said: _Complaint) -> bool:
     return (isinstance(err, OSError | EOFError) or package in _NETWORK) and not misused
 
 
-CHECK_NAME = "check the name for typing errors"
-CHECK_BUCKET = "check its name, and the account or endpoint"
+_CHECK_NAME = "check the name for typing errors"
 _Rule = tuple[Callable[[_Complaint], bool], type[CheckpointError], str, str]
 _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place's own where empty)
     (
@@ -207,7 +206,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _lacks_bucket,
         CheckpointNotFoundError,
         "there is no such bucket or container",
-        CHECK_BUCKET,
+        "check its name, and the account or endpoint",
     ),
     (
         _is_hidden,
@@ -219,7 +218,7 @@ _RULES: tuple[_Rule, ...] = (  # when, what, the problem, the remedy (the place'
         _is_missing,
         CheckpointNotFoundError,
         "there is no such object",
-        CHECK_NAME,
+        _CHECK_NAME,
     ),
     (_is_empty, NotACheckpointError, "the file is empty", "was its upload or download complete?"),
     (
@@ -243,10 +242,19 @@ def explain(uri: URI, err: Exception, pin: Version | None = None) -> CheckpointE
             if isinstance(found, UnreachableError):
                 found.retry_after = _retry_after(err)
                 found.lasting = applies is not _is_unreachable
+            if isinstance(found, CheckpointNotFoundError):
+                found.lacks = "bucket" if applies is _lacks_bucket else "object"
             return found
     return CheckpointError(
         uri, str(said), "check the name, the account and the settings of the place"
     )
+
+
+def no_object(uri: URI, problem: str) -> CheckpointNotFoundError:
+    """Make the error that says that a place has no object of this name."""
+    err = CheckpointNotFoundError(uri, problem, _CHECK_NAME)
+    err.lacks = "object"
+    return err
 
 
 def empty_file(uri: object) -> CheckpointError:

@@ -15,7 +15,6 @@ from attrs import field, frozen
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     CheckpointError,
-    CheckpointNotFoundError,
     UnreachableError,
 )
 from _anemoi_ckpt.places import (
@@ -34,7 +33,7 @@ from _anemoi_ckpt.places import (
     register_scheme,
     timeout_of,
 )
-from _anemoi_ckpt.places.explained import explain, explained
+from _anemoi_ckpt.places.explained import explain, explained, no_object
 from _anemoi_ckpt.places.interrupts import register
 from _anemoi_ckpt.places.parts import PartWriter, hidden_name
 from _anemoi_ckpt.places.sftp import parse_host_url
@@ -117,8 +116,7 @@ def explain_ftp_error(uri: FTPURI, err: Exception, pin: Version | None = None) -
     if code in _LOGIN or (code in _NO_FILE and ("denied" in said or "permi" in said)):
         return AccessDeniedError(uri, f"access is denied ({err})", uri.credentials)
     if code in _NO_FILE:
-        problem = f"there is no such file ({err})"
-        return CheckpointNotFoundError(uri, problem, "check the name for typing errors")
+        return no_object(uri, f"there is no such file ({err})")
     if isinstance(err, ftplib.error_perm):
         return CheckpointError(uri, f"the server refuses ({err})", "does it allow that?")
     return UnreachableError(uri, f"no useful answer ({err})", "try again later")

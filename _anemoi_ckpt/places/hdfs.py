@@ -33,7 +33,7 @@ from _anemoi_ckpt.places import (
     read_version,
     register_scheme,
 )
-from _anemoi_ckpt.places.explained import explain, explained
+from _anemoi_ckpt.places.explained import explain, explained, no_object
 from _anemoi_ckpt.places.http import HTTPURI, request
 from _anemoi_ckpt.places.parts import PartWriter, hidden_name
 from _anemoi_ckpt.places.responses import read_socket
@@ -123,8 +123,7 @@ def explain_hdfs_error(uri: HDFSURI, err: Exception, pin: Version | None = None)
         return explain.dispatch(URI)(uri, err, pin)
     asked = subprocess.run([_PROGRAM, "dfs", "-test", "-e", uri.location], check=False)  # noqa: S603 - the user's own
     if asked.returncode == 1:
-        problem = "there is no such file"
-        return CheckpointNotFoundError(uri, problem, "check the name for typing errors")
+        return no_object(uri, "there is no such file")
     remedy = f"see what it says; {uri.credentials}"
     return CheckpointError(uri, f"{_PROGRAM} failed ({err})", remedy)
 

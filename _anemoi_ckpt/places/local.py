@@ -99,7 +99,7 @@ def open_file(uri: LocalURI, transport_params: Params = None) -> BinaryIO:  # no
         stream = open(uri.path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - the caller's to close
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             stream.close()
-            raise _no_file(uri)
+            raise _no_file(uri, _OPEN_IT)
         return stream
 
 
@@ -116,15 +116,17 @@ _INTERRUPTIONS = {  # of network file systems, such as NFS: another attempt may 
 
 def _explain_os_error(uri: LocalURI, err: OSError) -> CheckpointError:
     if err.errno in {errno.ENXIO, errno.EOPNOTSUPP}:
-        return _no_file(uri)  # a socket: the second is what macOS says
+        return _no_file(uri, _OPEN_IT)  # a socket: the second is what macOS says
     if err.errno in _INTERRUPTIONS:
         remedy = "check the disk, and its mount"
         return UnreachableError(uri, f"the file system did not answer ({err.strerror})", remedy)
     return CheckpointError(uri, f"{err.strerror or err}", "check the disk")
 
 
-def _no_file(uri: LocalURI) -> CheckpointError:
-    remedy = "store it in a file first, or give the open file: open(path, 'rb')"
+_OPEN_IT = "store it in a file first, or give the open file: open(path, 'rb')"
+
+
+def _no_file(uri: LocalURI, remedy: str) -> CheckpointError:
     return InvalidURIError(uri, "this is a pipe or a device, not a file", remedy)
 
 
@@ -259,8 +261,7 @@ def _refuse_device(uri: LocalURI) -> None:
     """Refuse to put a file in the place of a pipe or a device."""
     with explained_writing(uri), suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(uri.path).st_mode):  # noqa: PTH116 - no name is too long
-            problem = "this is a pipe or a device, not a file"
-            raise InvalidURIError(uri, problem, "save it to a file, and copy that there")
+            raise _no_file(uri, "save it to a file, and copy that there")
 
 
 def hidden(path: Path, ending: str) -> Path:

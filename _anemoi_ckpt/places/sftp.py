@@ -21,7 +21,6 @@ from attrs import field, frozen
 from _anemoi_ckpt.errors import (
     AccessDeniedError,
     CheckpointError,
-    CheckpointNotFoundError,
     InvalidURIError,
     UnreachableError,
 )
@@ -48,7 +47,7 @@ from _anemoi_ckpt.places import (
     remove_object,
     timeout_of,
 )
-from _anemoi_ckpt.places.explained import explain, explained
+from _anemoi_ckpt.places.explained import explain, explained, no_object
 from _anemoi_ckpt.places.parts import PartWriter, hidden_name
 from _anemoi_ckpt.places.ssh import CHANNELS, Login, Server, UnknownHostKeyError
 from _anemoi_ckpt.places.uploading import committed
@@ -175,8 +174,7 @@ def forget_sftp_servers(uri: SFTPURI) -> None:  # noqa: ARG001 - all of them
 def explain_sftp_error(uri: SFTPURI, err: Exception, pin: Version | None = None) -> CheckpointError:
     """Make a `CheckpointError` of what paramiko raised."""
     if isinstance(err, FileNotFoundError):
-        problem = "there is no such file or folder"
-        return CheckpointNotFoundError(uri, problem, "check the name for typing errors")
+        return no_object(uri, "there is no such file or folder")
     if isinstance(err, IsADirectoryError):
         return InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
     names = {each.__name__ for each in type(err).__mro__}
