@@ -128,14 +128,16 @@ def _loaded_alone(
 ) -> Loaded:
     place = located(uri, transport)
     with brought(place, transport, progress) as here:
-        found = _loaded_from(here, strategies, trust, progress, transport)
+        check = functools.partial(check_digest, place=place)  # of a copy, it is checked by now
+        found = _loaded_from(here, check, strategies, trust, progress, transport)
     if transport.sha256 is None or transport.cached:
         return found
     return evolve(found, bytes_moved=found.bytes_stored)  # for the digest, all of it
 
 
-def _loaded_from(
+def _loaded_from(  # noqa: PLR0913, PLR0917 - of one caller
     place: URI,
+    check: Callable[[Opened], None],
     strategies: Sequence[Strategy],
     trust: Trust,
     progress: Progress,
@@ -145,7 +147,7 @@ def _loaded_from(
     try:
         checkpoint = opened(place, transport, progress)
         directory = checkpoint.directory
-        check_digest(checkpoint, place)
+        check(checkpoint)
         return completed(checkpoint, strategies, trust, progress)
     except CorruptError:
         if transport.cached and transport.sha256 is None:  # damaged since its download
