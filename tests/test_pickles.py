@@ -1432,6 +1432,13 @@ DENSE = {
 }
 
 
+def dense(name: str, length: int) -> bytes:
+    """A pickle of a tuple of things that take few bytes each."""
+    before, each = DENSE[name]
+    opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(length // len(each))]
+    return b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t."
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_a_pickle_takes_no_more_memory_than_its_length_explains(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -1439,9 +1446,7 @@ def test_a_pickle_takes_no_more_memory_than_its_length_explains(
     import tracemalloc
 
     monkeypatch.setattr(costs, "_LEAST", 250_000)
-    before, each = DENSE[name]
-    opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(15_000 // len(each))]
-    data = b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t."
+    data = dense(name, 15_000)
     tracemalloc.start()
     with contextlib.suppress(CostlyError):
         read(data)
@@ -1455,10 +1460,9 @@ def test_what_is_made_of_a_few_bytes_is_refused_when_it_is_too_much(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "_LEAST", 0)
-    before, each = DENSE[name]
-    opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(50_000 // len(each))]
+    data = dense(name, 50_000)
     with pytest.raises(CostlyError, match="bytes of it take more than"):
-        read(b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t.")
+        read(data)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
