@@ -618,7 +618,7 @@ def test_a_server_of_before_mlflow_3(tracked, http_server, monkeypatch) -> None:
     pages = [{"models": [{**model}]}, {"models": [], "next_page_token": "2"}]
     for number in (1, 0):
         body = json.dumps(pages[number]).encode()
-        pages[number] = servers.Fault(status=200, body=body)  # type: ignore[assignment]
+        pages[number] = servers.Fault(status=200, body=body)  # type: ignore[assignment] # of the case
     http_server.fault = lambda request: (
         (pages.pop() if pages else servers.Fault(status=404))
         if request.path.endswith("search")

@@ -626,7 +626,7 @@ def test_other_attributes_of_edges_are_refused(settings: dict[str, Any], label: 
             load_into(model, configured(model, **settings), *chain)
     assert load_into(model, configured(model, **model.config["model"]), strict=True)
     refusing = collections.UserDict()  # as OmegaConf refuses what refers to something that is gone
-    refusing.get = lambda _key: {}["gone"]  # type: ignore[method-assign]
+    refusing.get = lambda _key: {}["gone"]  # type: ignore[method-assign] # of the case
     assert load_into(model, configured(model, processor=refusing), strict=True)
     endless = {"processor": {"sub_graph_edge_attributes": "${model.a}"}, "a": "${model.a}"}
     assert load_into(model, configured(model, **endless), strict=True)
