@@ -144,7 +144,11 @@ def test_s3rver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         uri = f"s3://{servers.BUCKET}/run/last.ckpt"
         save(CHECKPOINT, uri)
-        stored = boto3.client("s3").get_object(Bucket=servers.BUCKET, Key="run/last.ckpt")["Body"]
+        stored = (
+            boto3.Session()
+            .client("s3")
+            .get_object(Bucket=servers.BUCKET, Key="run/last.ckpt")["Body"]
+        )
         assert_same(torch.load(io.BytesIO(stored.read()), weights_only=True), CHECKPOINT)
         proxy.reset()
         assert peek(uri).epoch == 3
