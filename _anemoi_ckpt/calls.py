@@ -178,11 +178,16 @@ _SHORTENED = "_anemoi_ckpt_shortened"  # attribute of an error that a call withi
 
 
 def _drop_frames(err: BaseException | None) -> None:
-    """Leave frames out of an error, its causes and what was handled when they were raised."""
+    """Leave frames out of an error, its causes and what was handled when they were raised.
+
+    What was handled is left out itself where a cause is told: that may be it without its secrets.
+    """
     seen: list[BaseException] = []  # they may be in a circle
     while err is not None and not any(err is each for each in seen):
         seen.append(err)
         err.__traceback__ = None
+        if err.__cause__ is not None:
+            err.__context__ = None
         err = err.__cause__ or err.__context__
 
 

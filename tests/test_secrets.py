@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import attrs
@@ -208,7 +209,19 @@ def told(way: Callable[[], Any]) -> Iterator[str]:
             result = err
     yield f"{result} {result!r} {getattr(result, '_repr_html_', str)()}"
     yield output.getvalue()
-    yield pickle.dumps(result).decode("latin-1")
+    buffer = io.BytesIO()
+    WithCauses(buffer).dump(result)
+    yield buffer.getvalue().decode("latin-1")
+
+
+class WithCauses(pickle.Pickler):
+    """Pickles an error with its causes and all that they hold, as Dask does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, BaseException):
+            chain = (value.__cause__, value.__context__)
+            return list, ([*value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[1:], *chain],)
+        return (str, ()) if isinstance(value, TracebackType) else NotImplemented
 
 
 USUAL = {"nothing", "403", "ranges ignored", "gone"}

@@ -301,8 +301,20 @@ def links(err: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
+# Attributes of the SDKs' errors that hold headers and URLs, in which there are keys and tokens. A
+# pickled error takes them along where its causes are pickled, too, as Dask does.
+_EXCHANGES = ("request", "response", "_response")
+
+
 def without_secrets(err: BaseException) -> BaseException:
-    """Give the error back, or its redacted text if it or one of its causes shows a secret."""
+    """Give the error back, or its redacted text if it or one of its causes shows a secret.
+
+    The requests and responses that it and its causes hold are taken from them.
+    """
     if any(redact(str(link)) != str(link) for link in links(err)):
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
+    for link in links(err):
+        for name in vars(link).keys() & _EXCHANGES:
+            if not isinstance(vars(link)[name], dict):  # botocore's has the answer's headers alone
+                vars(link)[name] = None
     return err
