@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import _anemoi_ckpt.transport
+from _anemoi_ckpt.places import uploading
 from _anemoi_ckpt.places.interrupts import Stop
 from anemoi_ckpt import (
     AccessDeniedError,
@@ -24,6 +26,7 @@ from anemoi_ckpt import (
     load,
     open_stream,
     open_writer,
+    parse_uri,
     save,
 )
 from servers import Fault, Request
@@ -389,3 +392,14 @@ def test_a_bare_thread_stops_an_abort() -> None:
     stop = Stop()
     _anemoi_ckpt.transport._stop_after(stop, 0)
     assert stop.is_set()
+
+
+def test_an_upload_that_has_ended_sends_nothing() -> None:
+    sent: list[str] = []
+    upload = uploading.Upload(parse_uri("s3://bucket/a.ckpt"))
+    client = uploading.Requesting(SimpleNamespace(part=None), upload, {"part": sent.append})
+    client.part("1")
+    upload.end(SimpleNamespace(close=None))
+    with pytest.raises(CheckpointError, match="its upload has ended; write it anew"):
+        client.part("2")
+    assert sent == ["1"]

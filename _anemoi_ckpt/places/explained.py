@@ -311,7 +311,8 @@ def without_secrets(err: BaseException) -> BaseException:
 
     The requests and responses that it and its causes hold are taken from them.
     """
-    if any(redact(str(link)) != str(link) for link in links(err)):
+    shown = "\n".join(f"{link} {getattr(link, 'url', '')}" for link in links(err))  # url: urllib3's
+    if redact(shown) != shown:
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
     for link in links(err):
         for name in vars(link).keys() & _EXCHANGES:
