@@ -233,6 +233,20 @@ def test_a_checksum_that_flips_on_the_way_to_verify(http_server: servers.HTTPSer
     assert "archive/data/0" in damage
 
 
+def test_a_checksum_that_flips_on_the_way_to_diff(http_server: servers.HTTPServer) -> None:
+    name = SERVED.rindex(b"archive/data/0")
+    uri = http_server.put("a.ckpt", SERVED)
+    flips_in(http_server, name - 30, 0, once=True)
+    assert diff(uri, LARGE).same
+    assert len(http_server.log) == 4
+    http_server.reset()
+    flips_in(http_server, name - 30, 0, once=False)
+    assert len(diff(uri, LARGE).changed) == 1
+    http_server.reset()
+    assert len(diff(uri, {"w": LARGE["w"] + 1, "v": LARGE["v"] + 1, "epoch": 3}).changed) == 2
+    assert len(http_server.log) == 2  # more than one flipped bit can do
+
+
 def test_metadata_that_flip_on_the_way(http_server: servers.HTTPServer, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save(LARGE, path, metadata={"run_id": "abc"})
