@@ -23,6 +23,7 @@ CI = os.environ.get("CI") == "true"
 
 
 CHROMIUM = "chromium"  # whose install takes a minute, for one test; where it is, that runs
+AT_ONCE = ["-n", "2", "--dist", "loadfile"]  # many tests wait for a server
 
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
@@ -30,6 +31,7 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     session.run("python", "-c", SAY_VERSIONS)
     without = session.env.get("ANEMOI_CKPT_TESTS_WITHOUT", "")
     session.env["ANEMOI_CKPT_TESTS_WITHOUT"] = f"{without},{CHROMIUM}"
+    session.env["OMP_NUM_THREADS"] = "1"  # other sessions and other tests want the cores, too
     session.run("pytest", *arguments, *session.posargs)
 
 
@@ -45,7 +47,7 @@ SAY_VERSIONS = (
 def pinned(session: nox.Session) -> None:
     """Python 3.11 and the versions in constraints.txt, every branch covered."""
     session.install("-c", "constraints.txt", "-e", ".[test,anemoi]")
-    whole = [] if session.posargs else ["--cov", "--cov-fail-under=100"]
+    whole = [] if session.posargs else [*AT_ONCE, "--cov", "--cov-fail-under=100"]
     run_tests(session, *whole)
     if whole:
         # Today's models: their bounds want an older torch, but they run with this one. The tests

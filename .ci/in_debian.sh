@@ -7,6 +7,7 @@ set -euo pipefail
 environment=(
     HOME=/root LANG=C.UTF-8 PATH=/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin
     PIP_CERT=/etc/ssl/certs/ca-certificates.crt
+    OMP_NUM_THREADS=1  # the other session wants the cores, too
     USE_LIBUV=0  # Debian builds torch without it, and torch.distributed wants to be told
 )
 for name in CI ANEMOI_CKPT_TESTS_WITHOUT PIP_INDEX_URL http_proxy https_proxy no_proxy; do

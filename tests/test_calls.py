@@ -357,7 +357,7 @@ def test_a_module_serves_as_a_checkpoint(path: Path) -> None:
         strategies.require_variables({"t": 0}),
         strategies.align_variables({"t": 0}, {"z": 0}, {"c": {0: ["all"]}}),
     ],
-    ids=str,
+    ids=lambda each: getattr(each, "__name__", str(each)),
 )
 def test_it_is_a_checkpoint_error_that_names_the_place(
     path: Path, strategy: Callable[[Any], Any]

@@ -333,7 +333,7 @@ def test_on_a_bare_state_dict_as_inside_a_checkpoint(name: str, state_dict: Any)
     assert all(result[key] is checkpoint[key] for key in result if key != "state_dict")
 
 
-@pytest.mark.parametrize("name", ON_WEIGHTS.keys() - {"on_weights"})
+@pytest.mark.parametrize("name", sorted(ON_WEIGHTS.keys() - {"on_weights"}))
 @few
 @given(state_dict=state_dicts())
 def test_the_state_dict_keeps_its_order_type_and_metadata(name: str, state_dict: Any) -> None:
