@@ -58,11 +58,7 @@ def configured_otherwise(
         source: the variables of that checkpoint; one dataset alone may have another name here.
         before: those that it was trained on, if these are known: it may have been aligned since.
     """
-    try:
-        prefix, core = find_core(model)
-    except ValueError:  # not a model of anemoi-models
-        return ""
-    own = (_told(model.modules(), core), *_configs_of(model))
+    prefix, own = _configured_model(model)
     processed = _processed(own, config, source, before, read_model(model))
     for setting in chain(_settings(own, config, source), processed):
         affected = _affected(prefix, setting.pattern, names)
@@ -85,10 +81,7 @@ def checks_of_edges(
     Returns:
         Functions that describe the tensors which depend on attributes in another order, or none.
     """
-    if not told:
-        return []
-    prefix, core = find_core(model)
-    own = (_told(model.modules(), core), *_configs_of(model))
+    prefix, own = _configured_model(model) if told else ("", ())
     checks: list[Callable[[], str]] = []
     for pattern, paths in _edges(own):
         affected = _affected(prefix, pattern, names)
@@ -274,6 +267,15 @@ def read_edges(checkpoint: Any, graph: tuple[Edges, ...]) -> Mapping[str, Any]:
     modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
     cores = [levels[-1] for module in modules if (levels := _levels(module))]
     return {"model": _told_by_values(cores[0], graph)} if cores and graph else {}
+
+
+def _configured_model(model: torch.nn.Module) -> tuple[str, Roots]:
+    """Give the prefix of a model's core, and its configurations; none if it is not Anemoi's."""
+    try:
+        prefix, core = find_core(model)
+    except ValueError:
+        return "", ()
+    return prefix, (_told(model.modules(), core), *_configs_of(model))
 
 
 def _configs_of(model: torch.nn.Module) -> Iterator[Any]:

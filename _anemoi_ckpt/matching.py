@@ -438,10 +438,9 @@ def check_values(place: str, match: Match) -> None:
     Raises:
         MismatchError: something is.
     """
-    for check in match.checks:
-        problem = check()
-        if problem:
-            raise MismatchError(place, problem, REMEDY)
+    problems = [problem for check in match.checks if (problem := check())]
+    if problems:
+        raise MismatchError(place, "; ".join(problems), REMEDY)
 
 
 def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:

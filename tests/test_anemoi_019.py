@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import needs
 import weather_019
 from _anemoi_ckpt.graphs import edge_attributes, read_graph
-from anemoi_ckpt import MismatchError, load_into
+from anemoi_ckpt import MismatchError, load_into, plan
 from strategies import (
     align_variables,
     anemoi_layout,
@@ -90,15 +90,15 @@ def outputs(
     """
     core = model.model.model
 
-    def field(dataset: str, name: str, place: int, salt: int) -> torch.Tensor:
+    def field(dataset: str, kind: str, name: str, place: int, salt: int) -> torch.Tensor:
         seed = sum(n * ord(letter) for n, letter in enumerate(dataset + name, 1)) + salt
         shape = (1, 1, 1, core.node_attributes.num_nodes[dataset])
         draw = torch.Generator().manual_seed(seed + 100_003 * place)
         drawn = torch.randn(shape, generator=draw)
         was, now = (each[bool(salt)] for each in steps)
-        if name not in before[dataset].names or place >= was:
+        if name not in getattr(before[dataset], kind) or place >= was:
             return 50 * drawn
-        return drawn if name in after[dataset].names and place < now else 0 * drawn
+        return drawn if name in getattr(after[dataset], kind) and place < now else 0 * drawn
 
     def batch(kind: str, count: int, salt: int) -> dict[str, torch.Tensor]:
         # steps of input count back from the last one
@@ -106,7 +106,9 @@ def outputs(
         return {
             dataset: torch.cat(
                 [
-                    torch.stack([field(dataset, n, at, salt) for n in getattr(each, kind)], -1)
+                    torch.stack(
+                        [field(dataset, kind, n, at, salt) for n in getattr(each, kind)], -1
+                    )
                     for at in places
                 ],
                 1,
@@ -256,9 +258,26 @@ def test_knowledge_is_preserved(configuration: str, several: bool, data: Any) ->
         else:
             nothing_is_misplaced(new, own, before, after)
             new.load_state_dict(own)
-    load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
+    align = align_variables(model=new, new="zeros")
+    if configuration == "tendency" and {*after["data"].forcing} & {"t_850", "msl"}:
+        with pytest.raises(
+            MismatchError, match=r"reads the residual of what it predicts once more"
+        ):
+            load_into(new, checkpoint, align)
+        return
+    load_into(new, checkpoint, align, strict=True)
     assert difference(old, new, before, after) < LARGEST
     statistics_follow(new, own, checkpoint["state_dict"], before, after)
+
+
+def test_a_residual_that_is_no_longer_read_is_refused() -> None:
+    """The tendency model has columns for it beside those for its input."""
+    _, checkpoint = trained("tendency")
+    new = task({"data": Variables(A.names, (*A.forcing, "msl"))}, "tendency")
+    with pytest.raises(MismatchError, match="only reads msl, which the checkpoint's predicts, too"):
+        load_into(new, checkpoint, align_variables(model=new))
+    gone = task({"data": Variables([n for n in A.names if n != "msl"], A.forcing)}, "tendency")
+    assert load_into(gone, checkpoint, align_variables(model=gone), strict=True)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -537,6 +556,7 @@ TWO_AFTER = {"data": B, "more": Variables(B.names[::-1], B.forcing, B.diagnostic
         ("GNN hierarchical", ALONE, AFTER, {"amend": one_level}),
         ("features of equal size", FORCED, ALONE, {}),  # msl changes its role
         ("features of equal size", ALONE, FORCED, {}),
+        ("transport", ALONE, FORCED, {}),  # whose noised outputs are read, too
         ("GNN", TWO, TWO_AFTER, {"amend": aggregated("Mean")}),
         ("GraphTransformer", TWO, TWO_AFTER, {"amend": aggregated("Concat")}),
     ],
@@ -667,7 +687,7 @@ def test_a_module_that_was_pickled_whole_tells_the_attributes_of_its_edges(
     assert load_into(new, stored, apart, others).loaded
 
 
-def test_an_order_that_nothing_tells_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_that_nothing_tells_is_none() -> None:
     """Edges of another graph, attributes that were computed: the values do not tell a name."""
     old = task(ALONE, "GNN")
     provider = old.model.model.processor_graph_provider
@@ -676,6 +696,9 @@ def test_an_order_that_nothing_tells_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert edge_attributes(provider, ()) == edge_attributes(None, graph) == []
     provider.edge_attr += 1
     assert edge_attributes(provider, graph) == []
+    other = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"processor": torch.nn.Module()})})
+    other.model.processor.proc = old.model.model.processor.proc  # not a model of Anemoi's
+    assert load_into(other, pickled(old), include("*.processor.proc.*")).loaded
 
 
 def test_other_edges_of_equal_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,8 +710,8 @@ def test_other_edges_of_equal_count_are_refused(monkeypatch: pytest.MonkeyPatch)
 
     def other(*arguments: Any, **options: Any) -> Any:
         made = PLAIN_GRAPH(*arguments, **options)
-        kind = ("data", "to", "hidden")
-        made[kind].edge_index = made[kind].edge_index.flip(1)  # the same ones in another order
+        for kind in (("data", "to", "hidden"), ("hidden", "to", "data")):
+            made[kind].edge_index = made[kind].edge_index.flip(1)  # the same ones in another order
         return made
 
     same = task(ALONE, "GNN")
@@ -696,7 +719,7 @@ def test_other_edges_of_equal_count_are_refused(monkeypatch: pytest.MonkeyPatch)
     new = task(ALONE, "GNN")
     torch.save(whole, stored := io.BytesIO())
     stored.seek(0)
-    told = r"other edges than .*over them: model\.(model\.)?encoder_graph_provider\.data\.trainable"
+    told = r"other edges than .*\.encoder_graph_provider\.data\..*; .*\.decoder_graph_provider"
     for model, source, *chain in (
         (new, whole),
         (new, by_dataset, transfer_learning(new)),
@@ -705,6 +728,8 @@ def test_other_edges_of_equal_count_are_refused(monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(MismatchError, match=told):
             load_into(model, source, *chain)
+    stored.seek(0)
+    assert plan(stored, model=new).complete  # values are compared when they are there
     assert load_into(same, whole, strict=True)
     assert load_into(new, whole, exclude("*.trainable.trainable")).loaded
     assert load_into(new, {"state_dict": whole["state_dict"]}).loaded  # where nothing is known
