@@ -35,12 +35,12 @@ standard library alone, since `strategies` stands on it.
   ``resuming`` and ``steps`` (what a strategy tells of itself), ``configurations`` (what Anemoi's
   say of channels), ``combining`` (means and unions of state dicts), ``misplaced`` (weights that
   would be another variable's), ``aligning``, ``layouts``, ``leads`` and ``alignment`` (weights
-  follow their variables and steps; what Anemoi's models have over variables), ``edges`` and
-  ``nodes`` (values follow their edges; those of other nodes are refused), ``processors`` (the
-  statistics in Anemoi's models), ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what
-  strategies share), ``calls`` (what all public calls do alike), ``leadtimes`` and ``describing``
-  (what Anemoi's metadata say of steps and of variables), ``tensors`` (new values in a state dict),
-  ``globs`` (how names are chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what
-  Anemoi's weights run over), ``compat`` (what differs between versions of torch and Python),
-  ``errors``.
+  follow their variables and steps; what Anemoi's models have over variables), ``edges``,
+  ``graphs`` and ``nodes`` (values follow their edges; those of other edges and nodes are refused),
+  ``processors`` and ``methods`` (the statistics in Anemoi's models, and what has none),
+  ``freezing``, ``renaming``, ``comparing`` and ``arguments`` (what strategies share), ``calls``
+  (what all public calls do alike), ``leadtimes`` and ``describing`` (what Anemoi's metadata say of
+  steps and of variables), ``tensors`` (new values in a state dict), ``globs`` (how names are
+  chosen), ``anatomy`` (where a checkpoint keeps what), ``variables`` (what Anemoi's weights run
+  over), ``compat`` (what differs between versions of torch and Python), ``errors``.
 """

@@ -63,6 +63,7 @@ def find_alignment(
     state_dict = weights_of(checkpoint)
     steps = other_steps(checkpoint, state_dict, known, layouts, model_tensors)
     pairs = {dataset: (old, new) for dataset, (old, new) in known.items() if steps or old != new}
+    _check_predicted(pairs, layouts)
     tensors = _tensors_to_align(pairs, layouts, state_dict, model_tensors, steps)
     _check_unknown(pairs, layouts, state_dict, model_tensors, steps)
     present = {dataset for dataset, _ in tensors.values()}
@@ -117,6 +118,22 @@ def align(
     )
     path = path_to_weights(checkpoint) or ()
     return _record_alignment(replaced(checkpoint, path, aligned), alignment)
+
+
+def _check_predicted(
+    pairs: Mapping[str, tuple[Variables, Variables]], layouts: Mapping[str, Layout]
+) -> None:
+    """Refuse variables that are only read now, where the model read more of what was predicted."""
+    for dataset, (old, new) in pairs.items():
+        reason = layouts[dataset].fixed.get("forcing")
+        predicted = old.index.keys() - old.forcing - old.diagnostic - old.target
+        lost = [name for name in new.index if name in new.forcing & predicted]
+        if reason and lost:
+            raise MismatchError(
+                UNPLACED,
+                f"the model only reads {few(lost)}, which the checkpoint's predicts, too: {reason}",
+                "exclude the tensors of the encoder, or have the model predict them",
+            )
 
 
 def _tensors_to_align(

@@ -11,14 +11,18 @@ compare · settings · read
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
+from _anemoi_ckpt.graphs import Edges, edge_attributes
 from _anemoi_ckpt.layouts import find_core, regressors_of, untruncated
-from _anemoi_ckpt.variables import Variables, few
+from _anemoi_ckpt.methods import NONE, SETTINGS, Processor, compared
+from _anemoi_ckpt.variables import Variables, few, paired, read_model
 
 REMEDY = "configure the model as the checkpoint's, or exclude these tensors"
 
@@ -43,6 +47,7 @@ def configured_otherwise(
     names: Collection[str],
     config: Roots,
     source: Mapping[str, Variables],
+    before: Mapping[str, Variables] | None = None,
 ) -> str:
     """Describe the tensors whose channels the configurations order in another way; or empty.
 
@@ -51,22 +56,58 @@ def configured_otherwise(
         names: the tensors' names in the model.
         config: of the checkpoint that they are from, as `read_config` gives it.
         source: the variables of that checkpoint; one dataset alone may have another name here.
+        before: those that it was trained on, if these are known: it may have been aligned since.
     """
-    try:
-        prefix, core = find_core(model)
-    except ValueError:  # not a model of anemoi-models
-        return ""
-    own = ({"model": _described(core)}, *_configs_of(model))
-    for setting in _settings(own, config, source):
-        pattern = re.compile(re.escape(prefix) + setting.pattern)
-        affected = [name for name in names if pattern.fullmatch(name)]
+    prefix, own = _configured_model(model)
+    processed = _processed(own, config, source, before, read_model(model))
+    for setting in chain(_settings(own, config, source), processed):
+        affected = _affected(prefix, setting.pattern, names)
         if affected and setting.theirs and setting.own and setting.theirs != setting.own:
-            return (
-                f"the checkpoint was configured with {setting.label} = {few(setting.theirs)},"
-                f" and the model with {few(setting.own)}, which {len(affected)} tensors depend on:"
-                f" {few(affected)}"
-            )
+            return _problem(setting, affected)
     return ""
+
+
+def checks_of_edges(
+    model: torch.nn.Module, names: Collection[str], config: Roots, told: Mapping[str, Any]
+) -> list[Callable[[], str]]:
+    """Give what compares the attributes of edges, where only values tell those of a checkpoint.
+
+    Args:
+        model: the model that would take the tensors.
+        names: the tensors' names in the model.
+        config: of the checkpoint that they are from, as `read_config` gives it.
+        told: what its values tell, as `read_edges` gives it.
+
+    Returns:
+        Functions that describe the tensors which depend on attributes in another order, or none.
+    """
+    prefix, own = _configured_model(model) if told else ("", ())
+    checks: list[Callable[[], str]] = []
+    for pattern, paths in _edges(own):
+        affected = _affected(prefix, pattern, names)
+        setting = _setting(pattern, own, config, *paths)
+        read = next(filter(None, (_item((told,), *path) for path in paths)), None)
+        if affected and read and setting.own and not setting.theirs:
+            checks.append(functools.partial(_compared_by_values, setting, affected, read))
+    return checks
+
+
+def _compared_by_values(setting: Setting, affected: list[str], read: Callable[[], Any]) -> str:
+    known = setting._replace(theirs=read())
+    return _problem(known, affected) if known.theirs and known.theirs != known.own else ""
+
+
+def _affected(prefix: str, pattern: str, names: Iterable[str]) -> list[str]:
+    matches = re.compile(re.escape(prefix) + pattern).fullmatch
+    return [name for name in names if matches(name)]
+
+
+def _problem(setting: Setting, affected: list[str]) -> str:
+    return (
+        f"the checkpoint was configured with {setting.label} = {few(setting.theirs)},"
+        f" and the model with {few(setting.own)}, which {len(affected)} tensors depend on:"
+        f" {few(affected)}"
+    )
 
 
 # ── settings ──────────────────────────────────────────────────────────────────────────────────
@@ -77,7 +118,8 @@ def _settings(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Ite
     yield from _features(own, config)
     yield from _residuals(own, config)
     yield from _bounded(own, config, source)
-    yield from _edges(own, config)
+    for pattern, paths in _edges(own):
+        yield _setting(pattern, own, config, *paths)
     yield from _routes(own, config, source)
     yield from _aggregated(own, config)
 
@@ -111,6 +153,7 @@ def _bounded(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Iter
 
 # what multiplies the attributes of edges, in mappers and processors (anemoi/models/layers)
 _OF_EDGES = r"\.(.*\.)?(emb_edges|lin_edge|edge_pre_mlp)\..*"
+_ATTRIBUTES = "sub_graph_edge_attributes"
 _LEVELS = {  # modules between the mappers, and the section with the attributes of their edges
     "processor": "processor",
     "(down|up)_level_processor": "processor",
@@ -119,17 +162,15 @@ _LEVELS = {  # modules between the mappers, and the section with the attributes 
 }
 
 
-def _edges(own: Roots, config: Roots) -> Iterator[Setting]:
+def _edges(own: Roots) -> Iterator[tuple[str, list[Path]]]:
     """List the attributes of edges, which stand in the order of the configuration."""
-    attributes = "sub_graph_edge_attributes"
     for side in ("encoder", "decoder"):
         for key in _keys(own, f"{side}s"):  # from anemoi-models 0.19 on; before, one for all
-            front = rf"{side}\.{re.escape(key)}"
-            paths: list[Path] = [(f"{side}s", key, "mapper", attributes), (side, attributes)]
-            yield _setting(front + _OF_EDGES, own, config, *paths)
-        yield _setting(rf"{side}\.\w+{_OF_EDGES}", own, config, (side, attributes))
+            paths: list[Path] = [(f"{side}s", key, "mapper", _ATTRIBUTES), (side, _ATTRIBUTES)]
+            yield rf"{side}\.{re.escape(key)}{_OF_EDGES}", paths
+        yield rf"{side}\.\w+{_OF_EDGES}", [(side, _ATTRIBUTES)]
     for module, section in _LEVELS.items():
-        yield _setting(module + _OF_EDGES, own, config, (section, attributes))
+        yield module + _OF_EDGES, [(section, _ATTRIBUTES)]
 
 
 def _routes(own: Roots, config: Roots, source: Mapping[str, Variables]) -> Iterator[Setting]:
@@ -165,6 +206,27 @@ def _aggregated(own: Roots, config: Roots) -> Iterator[Setting]:
         yield Setting(rf"({modules})\..*", "the latents of encoders", theirs, ours)
 
 
+def _processed(
+    own: Roots,
+    config: Roots,
+    source: Mapping[str, Variables],
+    before: Mapping[str, Variables] | None,
+    target: Mapping[str, Variables],
+) -> Iterator[Setting]:
+    """List the variables that processors without tensors change in another way.
+
+    Which ones an aligned checkpoint had before may be unknown: then those that its own processors
+    name.
+    """
+    for dataset, (old, new) in paired(before or source, target).items():
+        theirs, ours = _processors(config, dataset), _processors(own, dataset)
+        named = {name for each in theirs for name in each.methods}
+        both = [n for n in new.index if n in old.index and (before or n in named)]
+        different = compared(theirs, ours, both) if theirs and ours else {}
+        for name, sides in different.items():
+            yield Setting(r"(en|de)coder\..*", f"data.{dataset}.processors of {name}", *sides)
+
+
 def _setting(pattern: str, own: Roots, config: Roots, *paths: Path) -> Setting:
     """Read a setting from the first of several places that tells it, on each side."""
     ours, theirs = (
@@ -186,10 +248,34 @@ def read_config(checkpoint: Any) -> Roots:
     configs = [told["config"]] if isinstance(told, Mapping) and "config" in told else []
     modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
     for module in modules:
-        core = _core_of(module) if hasattr(module, "state_dict") else None
-        if core is not None:
-            configs += [{"model": _described(core)}, getattr(module, "config", None)]
+        levels = _levels(module)
+        if levels:
+            configs += [_told(levels, levels[-1]), getattr(module, "config", None)]
     return tuple(configs)
+
+
+def read_edges(checkpoint: Any, graph: tuple[Edges, ...]) -> Mapping[str, Any]:
+    """Give what reads the attributes of edges from the values of a module that was pickled whole.
+
+    Args:
+        checkpoint: that may have such a module, or be one.
+        graph: the edges that it keeps.
+
+    Returns:
+        A configuration with functions in the place of the attributes; empty if there is no module.
+    """
+    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
+    cores = [levels[-1] for module in modules if (levels := _levels(module))]
+    return {"model": _told_by_values(cores[0], graph)} if cores and graph else {}
+
+
+def _configured_model(model: torch.nn.Module) -> tuple[str, Roots]:
+    """Give the prefix of a model's core, and its configurations; none if it is not Anemoi's."""
+    try:
+        prefix, core = find_core(model)
+    except ValueError:
+        return "", ()
+    return prefix, (_told(model.modules(), core), *_configs_of(model))
 
 
 def _configs_of(model: torch.nn.Module) -> Iterator[Any]:
@@ -199,13 +285,20 @@ def _configs_of(model: torch.nn.Module) -> Iterator[Any]:
             yield module.config
 
 
-def _core_of(module: Any) -> Any:
-    """Find the encoder-processor-decoder in a module that was pickled whole; or None."""
+def _levels(module: Any) -> list[Any]:
+    """Give a module that was pickled whole and those in it, to its encoder-processor-decoder.
+
+    Nothing if it has none.
+    """
+    if not hasattr(module, "state_dict"):
+        return []
+    levels = []
     for _ in range(3):  # of the interface, which may be in a training module
+        levels.append(module)
         if all(hasattr(module, name) for name in ("encoder", "decoder", "boundings")):
-            return module
+            return levels
         module = getattr(module, "model", None)
-    return None
+    return []
 
 
 _FEATURES = {  # classes of anemoi/models/layers/target_features.py, by the name in a configuration
@@ -215,6 +308,31 @@ _FEATURES = {  # classes of anemoi/models/layers/target_features.py, by the name
     "InputForcingsFeature": "forcings",
     "PrognosticsFeature": "prognostics",
 }
+
+
+def _told(modules: Iterable[Any], core: Any) -> dict[str, Any]:
+    """Give what modules tell by themselves, as a configuration does."""
+    several = (_children(getattr(module, "pre_processors", {})) for module in modules)
+    by_dataset = next(filter(None, several), {})
+    processors = {
+        dataset: _children(getattr(each, "processors", {})) for dataset, each in by_dataset.items()
+    }
+    return {
+        "model": _described(core),
+        "data": {
+            "datasets": {
+                dataset: {"processors": {name: _processor(one) for name, one in each.items()}}
+                for dataset, each in processors.items()
+                if all(hasattr(one, "methods") for one in each.values())
+            }
+        },
+    }
+
+
+def _processor(module: Any) -> Processor:
+    methods = {str(name): str(method) for name, method in module.methods.items()}
+    options = getattr(module, "method_kwargs", {})
+    return Processor(_class_name(module), str(module.default), methods, options)
 
 
 def _described(core: Any) -> dict[str, Any]:
@@ -256,6 +374,35 @@ def _described(core: Any) -> dict[str, Any]:
     }
 
 
+def _told_by_values(core: Any, graph: tuple[Edges, ...]) -> dict[str, Any]:
+    """Describe the attributes of edges of a core that was pickled by what reads them.
+
+    Its tensors tell their order, compared with those of the graph.
+    """
+
+    def attributes(name: str, dataset: str = "") -> dict[str, Any]:
+        provider = getattr(core, name, {})
+        if "edge_attr" not in getattr(provider, "_buffers", {}):  # one for each dataset, or level
+            several = _children(provider)
+            provider = several.get(dataset, next(iter(several.values()), None))
+        return {_ATTRIBUTES: functools.partial(edge_attributes, provider, graph)}
+
+    def of_mappers(side: str) -> dict[str, Any]:
+        routes = dict(getattr(core, f"{side}2datasets", {}))
+        return {
+            key: {"mapper": attributes(f"{side}_graph_provider", next(iter(datasets), ""))}
+            for key, datasets in routes.items()
+        }
+
+    return {
+        **{f"{side}s": of_mappers(side) for side in ("encoder", "decoder")},
+        **{side: attributes(f"{side}_graph_provider") for side in ("encoder", "decoder")},
+        "processor": attributes("processor_graph_provider"),
+        "upscale_mapper": attributes("upscale_graph_providers"),
+        "downscale_mapper": attributes("downscale_graph_providers"),
+    }
+
+
 def _feature_name(feature: Any) -> str:
     """Name a feature of targets; one that was pickled tells its class alone."""
     kind = _class_name(feature)
@@ -280,8 +427,53 @@ def _keys(roots: Roots, *path: str) -> list[str]:
 
 def _item(roots: Roots, *path: str | int) -> Any:
     """Give what the first of several configurations tells at a path in its section ``model``."""
-    found = (_under(root, root, ("model", *path), _REFERENCES) for root in roots)
+    return _at(roots, "model", *path)
+
+
+def _at(roots: Roots, *path: str | int) -> Any:
+    """Give what the first of several configurations tells at a path."""
+    found = (_under(root, root, path, _REFERENCES) for root in roots)
     return next((value for value in found if value is not None), None)
+
+
+def _processors(roots: Roots, dataset: str) -> list[Processor]:
+    """Give the processors of a dataset in their order, or of the only one; none if unknown."""
+    datasets = _at(roots, "data", "datasets")
+    keys = list(datasets) if isinstance(datasets, Mapping) else []
+    key = keys[0] if len(keys) == 1 else dataset
+    path = ("data", "datasets", key, "processors")
+    section = _at(roots, *path)
+    names = list(section) if isinstance(section, Mapping) else []
+    return [_configured(roots, (*path, name)) for name in names]
+
+
+def _configured(roots: Roots, path: Path) -> Processor:
+    """Describe a processor by its configuration, unless a module told it."""
+    section = _at(roots, *path)
+    if isinstance(section, Processor):
+        return section
+    config = _at(roots, *path, "config")
+    config = config if isinstance(config, Mapping) else {}
+    methods = {
+        name: str(method)
+        for method in config
+        if method not in SETTINGS
+        for name in _names(_resolved(roots, _value(config, method)))
+    }
+    kind = str(_at(roots, *path, "_target_")).rpartition(".")[2]
+    default, options = _value(config, "default"), _value(config, "method_kwargs")
+    return Processor(kind, str(default or NONE), methods, options or {})
+
+
+def _resolved(roots: Roots, value: Any) -> Any:
+    """Give what a value refers to, if it does."""
+    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    return value if reference is None else _at(roots, *reference[1].split("."))
+
+
+def _names(value: Any) -> list[str]:
+    """Make a list of the names of variables, of which a configuration may have one alone."""
+    return [value] if isinstance(value, str) and value != NONE else _texts(value)
 
 
 _REFERENCES = 8  # from one setting to another, at most
@@ -302,7 +494,7 @@ def _under(root: Any, value: Any, path: Iterable[str | int], references: int) ->
     return value
 
 
-def _value(section: Any, key: str) -> Any:
+def _value(section: Any, key: Any) -> Any:
     """Give a setting; None for one that OmegaConf refuses, as it refers to what is not there."""
     if not isinstance(section, Mapping):
         return None

@@ -11,13 +11,15 @@ Ground floor: `strategies` imports this module, so it imports torch and the stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from _anemoi_ckpt.anatomy import OPTIMIZER, like, path_to_weights, replaced, states_of, weights_of
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
+from _anemoi_ckpt.graphs import Edges
 from _anemoi_ckpt.variables import few
 
 _VALUES = "trainable.trainable"
@@ -90,6 +92,45 @@ def align_edges_of(model: torch.nn.Module, checkpoint: Any) -> Any:
     if isinstance(checkpoint, Mapping):
         check_optimizer(UNPLACED, moved, states_of(OPTIMIZER, checkpoint))
     return replaced(checkpoint, path_to_weights(checkpoint) or (), ordered)
+
+
+def checks_of_graph(
+    model: torch.nn.Module, names: Collection[str], graph: Iterable[Edges]
+) -> list[Callable[[], str]]:
+    """Give what compares the edges that values were trained for with as many of the model's.
+
+    Args:
+        model: the model that gets the values.
+        names: the names of the tensors that it gets.
+        graph: the edges that the checkpoint keeps.
+
+    Returns:
+        Functions that say which values are of other edges, or nothing.
+    """
+    checks: list[Callable[[], str]] = []
+    trained = [edges["edge_index"] for edges in graph]
+    for prefix, provider in _providers(model):
+        own = _in_order_of_graph(provider)
+        theirs = [each for each in trained if each.shape == own.shape]
+        if prefix + _VALUES in names and theirs and not own.is_meta:
+            checks.append(functools.partial(_compared, prefix + _VALUES, own, theirs))
+    return checks
+
+
+def _compared(name: str, own: torch.Tensor, theirs: Iterable[torch.Tensor]) -> str:
+    if any(torch.equal(each.cpu(), own.cpu()) for each in theirs):
+        return ""
+    return (
+        "its graph has other edges than the model's, although as many, and these values run over"
+        f" them: {name}"
+    )
+
+
+def _in_order_of_graph(provider: Any) -> torch.Tensor:
+    """Give the edges of a module, which may have sorted them, in the order of its graph."""
+    edge_index: torch.Tensor = provider.edge_index_base
+    perm = getattr(provider, "perm", None)
+    return edge_index if perm is None else edge_index.index_select(1, perm.argsort())
 
 
 def check_optimizer(place: str, moved: Iterable[str], states: Any) -> None:

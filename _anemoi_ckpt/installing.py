@@ -31,6 +31,7 @@ from _anemoi_ckpt.matching import (
     Terms,
     accepted,
     check_enough,
+    check_values,
     has_post_hooks,
     is_below,
     is_sharded,
@@ -65,7 +66,7 @@ def install(
 
     Raises:
         MismatchError: the model, an optimizer or a scheduler refused, or the model's nodes are in
-            other places. Then nothing has changed, here or on the other ranks.
+            other places, or its edges others. Then nothing has changed, here or on the other ranks.
     """
     take = _take_shards if any(map(is_sharded, model.parameters())) else _take
     with ExitStack() as undo:
@@ -73,6 +74,7 @@ def install(
         def act() -> _Taken:
             hooked = _hooked(model, match, terms, undo)
             check_nodes(terms.place, tensors_of(model), hooked.fitting)
+            check_values(terms.place, match)
             return take(model, hooked, receivers, terms, undo)
 
         taken = act() if ranks is None else ranks.together(act)

@@ -123,7 +123,8 @@ def _class_of(module: Any, attribute: str = "__module__") -> type:
 def fixed_steps(model: torch.nn.Module) -> dict[str, str]:
     """Tell why the steps of another model are not steps of this one, by what differs, if so.
 
-    What differs is ``"input"`` or ``"output"``, or ``"fewer output"`` if this model has fewer.
+    What differs is ``"input"`` or ``"output"``, or ``"fewer output"`` if this model has fewer; and
+    ``"forcing"`` if a variable that it only reads was predicted.
     """
     _, core = find_core(model)
     assembling = _class_of(core, "_assemble_input").__name__
@@ -143,6 +144,7 @@ def fixed_steps(model: torch.nn.Module) -> dict[str, str]:
     ):  # the same columns' sum would be another one
         kind = type(core).__name__
         fixed["fewer output"] = f"{kind} reads the residual once more for each step of output"
+        fixed["forcing"] = f"{kind} reads the residual of what it predicts once more"
     return fixed
 
 

@@ -31,10 +31,18 @@ from _anemoi_ckpt.anatomy import (
     without,
 )
 from _anemoi_ckpt.comparing import prefix_advice, shapes_of
-from _anemoi_ckpt.configurations import REMEDY, Roots, configured_otherwise, read_config
+from _anemoi_ckpt.configurations import (
+    REMEDY,
+    Roots,
+    checks_of_edges,
+    configured_otherwise,
+    read_config,
+    read_edges,
+)
 from _anemoi_ckpt.describing import Units, check_units, read_units
-from _anemoi_ckpt.edges import check_optimizer, in_edge_order
+from _anemoi_ckpt.edges import check_optimizer, checks_of_graph, in_edge_order
 from _anemoi_ckpt.errors import MismatchError
+from _anemoi_ckpt.graphs import Edges, read_graph
 from _anemoi_ckpt.leadtimes import Times, read_times
 from _anemoi_ckpt.migrating import missing, registered
 from _anemoi_ckpt.misplaced import misplaced
@@ -63,6 +71,8 @@ class Original:
     names: Mapping[int, tuple[Callable[[], Any], str]]  # by id, with a weak reference
     variables: Mapping[str, Variables]  # in whose order the weights are
     config: Roots  # of the model that they are from, as far as it is known
+    graph: tuple[Edges, ...]  # that they were trained on, likewise
+    edges: Mapping[str, Any]  # what reads their attributes, of a module that was pickled whole
     alignment: Alignment  # with other variables, so far
     pending: tuple[str, ...]  # Anemoi's migrations that it has not had
     units: Units  # of the variables, as the last checkpoint that knew them had them
@@ -91,6 +101,7 @@ class Match(NamedTuple):  # so that torch's pytree finds the tensors in it
     on_meta: tuple[str, ...] = ()  # what is left there: buffers that no checkpoint has
     lossy: Mapping[str, Dtypes] = {}  # casts that lose more than they round
     moved_edges: tuple[str, ...] = ()  # values of edges that were put into the model's order
+    checks: tuple[Callable[[], str], ...] = ()  # what only values tell to be wrong, if anything
 
 
 @frozen
@@ -118,7 +129,7 @@ def _begin(checkpoint: Any) -> Tracked:
     # weakly: what the strategies drop must not count as needed
     names = {id(tensor): (weakref.ref(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
-    variables = read_checkpoint(checkpoint)
+    variables, graph = read_checkpoint(checkpoint), read_graph(checkpoint)
     return Tracked(
         checkpoint,
         Original(
@@ -126,6 +137,8 @@ def _begin(checkpoint: Any) -> Tracked:
             names,
             variables,
             read_config(checkpoint),
+            graph,
+            read_edges(checkpoint, graph),
             Alignment({}, {}),
             missing(checkpoint),
             read_units(checkpoint),
@@ -233,6 +246,10 @@ def _matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked
     variables = read_checkpoint(checkpoint) or original.variables
     _check_variables(place, model, fitting, variables, state_dict)
     _check_config(place, model, fitting, original)
+    checks = [
+        *checks_of_graph(model, fitting, original.graph),
+        *checks_of_edges(model, fitting, original.config, original.edges),
+    ]
     check_units(place, model, fitting, original.units)
     renamed = _renamed(original, state_dict)
     unexpected = _unexpected(original, state_dict, renamed, model_tensors)
@@ -252,7 +269,8 @@ def _matched(terms: Terms, model: torch.nn.Module, receivers: Receivers, tracked
         renamed=renamed,
         states=states,
         rest=beside_weights(without(more, _PARTS.values()), path or ()),
-        original=original,
+        original=evolve(original, graph=(), edges={}),  # whose tensors would count as needed
+        checks=tuple(checks),
         moved_edges=moved,
     )
     match = with_keys(match, model, sure, ())
@@ -407,9 +425,22 @@ def _check_variables(
 def _check_config(
     place: str, model: torch.nn.Module, fitting: Collection[str], original: Original
 ) -> None:
-    problem = configured_otherwise(model, fitting, original.config, original.variables)
+    pairs, variables = original.alignment.pairs, original.variables
+    before = {d: pairs[d][0] if d in pairs else each for d, each in variables.items()}
+    problem = configured_otherwise(model, fitting, original.config, variables, before)
     if problem:
         raise MismatchError(place, problem, REMEDY)
+
+
+def check_values(place: str, match: Match) -> None:
+    """Refuse what only values tell to be wrong.
+
+    Raises:
+        MismatchError: something is.
+    """
+    problems = [problem for check in match.checks if (problem := check())]
+    if problems:
+        raise MismatchError(place, "; ".join(problems), REMEDY)
 
 
 def _check_optimizers(place: str, optimizers: Sequence[Any]) -> None:

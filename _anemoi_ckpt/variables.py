@@ -5,7 +5,7 @@ Ground floor: `strategies` imports this module, so it imports torch and the stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar
@@ -42,11 +42,17 @@ def read_checkpoint(checkpoint: Any) -> dict[str, Variables]:
 
     They are ``data_indices`` among the hyper-parameters, or of a module that was pickled whole.
     """
+    return _first_known(kept(checkpoint, "data_indices"))
+
+
+def kept(checkpoint: Any, name: str) -> Iterator[Any]:
+    """Give what a checkpoint keeps by a name: as a hyper-parameter, or in modules pickled whole."""
     parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
-    indices = parameters.get("data_indices") if isinstance(parameters, Mapping) else None
-    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
-    whole = [_field(value, "data_indices") for value in modules if hasattr(value, "state_dict")]
-    return _first_known((indices, *whole))
+    if isinstance(parameters, Mapping):
+        yield parameters.get(name)
+    for module in checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]:
+        if hasattr(module, "state_dict"):
+            yield _field(module, name)
 
 
 def read_model(model: Any) -> dict[str, Variables]:

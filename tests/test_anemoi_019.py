@@ -18,13 +18,17 @@ from hypothesis import strategies as st
 
 import needs
 import weather_019
-from anemoi_ckpt import MismatchError, load_into
+from _anemoi_ckpt.graphs import edge_attributes, read_graph
+from anemoi_ckpt import MismatchError, load_into, plan
 from strategies import (
     align_variables,
     anemoi_layout,
+    exclude,
     filter_shapes,
+    include,
     pad_or_slice,
     transfer_learning,
+    weights,
 )
 from weather import Variables
 from weather_019 import CONFIGURATIONS, ORNSTEIN, interface_019
@@ -86,15 +90,15 @@ def outputs(
     """
     core = model.model.model
 
-    def field(dataset: str, name: str, place: int, salt: int) -> torch.Tensor:
+    def field(dataset: str, kind: str, name: str, place: int, salt: int) -> torch.Tensor:
         seed = sum(n * ord(letter) for n, letter in enumerate(dataset + name, 1)) + salt
         shape = (1, 1, 1, core.node_attributes.num_nodes[dataset])
         draw = torch.Generator().manual_seed(seed + 100_003 * place)
         drawn = torch.randn(shape, generator=draw)
         was, now = (each[bool(salt)] for each in steps)
-        if name not in before[dataset].names or place >= was:
+        if name not in getattr(before[dataset], kind) or place >= was:
             return 50 * drawn
-        return drawn if name in after[dataset].names and place < now else 0 * drawn
+        return drawn if name in getattr(after[dataset], kind) and place < now else 0 * drawn
 
     def batch(kind: str, count: int, salt: int) -> dict[str, torch.Tensor]:
         # steps of input count back from the last one
@@ -102,7 +106,9 @@ def outputs(
         return {
             dataset: torch.cat(
                 [
-                    torch.stack([field(dataset, n, at, salt) for n in getattr(each, kind)], -1)
+                    torch.stack(
+                        [field(dataset, kind, n, at, salt) for n in getattr(each, kind)], -1
+                    )
                     for at in places
                 ],
                 1,
@@ -252,9 +258,26 @@ def test_knowledge_is_preserved(configuration: str, several: bool, data: Any) ->
         else:
             nothing_is_misplaced(new, own, before, after)
             new.load_state_dict(own)
-    load_into(new, checkpoint, align_variables(model=new, new="zeros"), strict=True)
+    align = align_variables(model=new, new="zeros")
+    if configuration == "tendency" and {*after["data"].forcing} & {"t_850", "msl"}:
+        with pytest.raises(
+            MismatchError, match=r"reads the residual of what it predicts once more"
+        ):
+            load_into(new, checkpoint, align)
+        return
+    load_into(new, checkpoint, align, strict=True)
     assert difference(old, new, before, after) < LARGEST
     statistics_follow(new, own, checkpoint["state_dict"], before, after)
+
+
+def test_a_residual_that_is_no_longer_read_is_refused() -> None:
+    """The tendency model has columns for it beside those for its input."""
+    _, checkpoint = trained("tendency")
+    new = task({"data": Variables(A.names, (*A.forcing, "msl"))}, "tendency")
+    with pytest.raises(MismatchError, match="only reads msl, which the checkpoint's predicts, too"):
+        load_into(new, checkpoint, align_variables(model=new))
+    gone = task({"data": Variables([n for n in A.names if n != "msl"], A.forcing)}, "tendency")
+    assert load_into(gone, checkpoint, align_variables(model=gone), strict=True)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -443,6 +466,7 @@ def test_edges_of_before_016_go_where_the_migration_puts_them(configuration: str
 Amend = Callable[[dict[str, Any]], None]
 PREPROCESSING = "anemoi.models.preprocessing."
 LAYERS = "anemoi.models.layers."
+PLAIN_GRAPH = weather_019._graph
 
 
 def mappers_of(model: dict[str, Any]) -> list[dict[str, Any]]:
@@ -454,7 +478,8 @@ def edges(*attributes: str) -> Amend:
     def amend(config: dict[str, Any]) -> None:
         model = config["model"]
         mappers = mappers_of(model)
-        for section in (*mappers, model["processor"]):
+        levels = (model[name] for name in ("processor", "upscale_mapper", "downscale_mapper"))
+        for section in (*mappers, *levels):
             section["sub_graph_edge_attributes"] = list(attributes)
 
     return amend
@@ -531,6 +556,7 @@ TWO_AFTER = {"data": B, "more": Variables(B.names[::-1], B.forcing, B.diagnostic
         ("GNN hierarchical", ALONE, AFTER, {"amend": one_level}),
         ("features of equal size", FORCED, ALONE, {}),  # msl changes its role
         ("features of equal size", ALONE, FORCED, {}),
+        ("transport", ALONE, FORCED, {}),  # whose noised outputs are read, too
         ("GNN", TWO, TWO_AFTER, {"amend": aggregated("Mean")}),
         ("GraphTransformer", TWO, TWO_AFTER, {"amend": aggregated("Concat")}),
     ],
@@ -597,15 +623,7 @@ def test_a_module_that_was_pickled_whole_tells_its_settings(
 def test_attributes_of_edges_in_another_order_are_refused(
     configuration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = weather_019.graph
-
-    def graph(*arguments: Any) -> Any:
-        made = plain(*arguments)
-        for kind in made.edge_types:
-            made[kind].edge_second = 3 * made[kind].edge_length.flip(0)
-        return made
-
-    monkeypatch.setattr(weather_019, "graph", graph)
+    monkeypatch.setattr(weather_019, "_graph", with_attributes("edge_second"))
     old, same, new = (
         task(ALONE, configuration, amend=edges(*attributes))
         for attributes in (
@@ -619,6 +637,219 @@ def test_attributes_of_edges_in_another_order_are_refused(
     for chain in ((), (align_variables(model=new),), (transfer_learning(new),)):
         with pytest.raises(MismatchError, match=told):
             load_into(new, checkpoint_of(old), *chain)
+
+
+def with_attributes(*names: str) -> Callable[..., Any]:
+    """Make graphs as `weather_019` does, whose edges have more attributes."""
+
+    def graph(*arguments: Any, **options: Any) -> Any:
+        made = PLAIN_GRAPH(*arguments, **options)
+        for kind in made.edge_types:
+            for factor, name in enumerate(names, 2):
+                made[kind][name] = factor * made[kind].edge_length.flip(0)
+        return made
+
+    return graph
+
+
+def pickled(model: Any) -> io.BytesIO:
+    """What anemoi-training writes for inference: without the configuration."""
+    model.model.config = None
+    torch.save(model.model, stored := io.BytesIO())
+    stored.seek(0)
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("configuration", "nodes"), [("GNN", 6), ("GNN hierarchical", 6), ("GraphTransformer", 7)]
+)
+def test_a_module_that_was_pickled_whole_tells_the_attributes_of_its_edges(
+    configuration: str, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weather_019, "_graph", with_attributes("edge_second"))
+    names = ["edge_length", "edge_second"]
+    stored = pickled(task(ALONE, configuration, amend=edges(*names)))
+    same, new = (
+        task(ALONE, configuration, amend=edges(*order), nodes=nodes).model
+        for order in (names, names[::-1])
+    )
+    apart = exclude("*trainable*", "*latlons*", missing_ok=True)  # what runs over nodes and edges
+    for chain in ((), (transfer_learning(same),)) if nodes == 6 else ((apart,),):
+        stored.seek(0)
+        load_into(same, stored, *chain, strict=nodes == 6)
+    told = r"sub_graph_edge_attributes = edge_length, edge_second, and the model with edge_second"
+    for chain in ((apart,), (align_variables(model=new), apart), (transfer_learning(new),)):
+        stored.seek(0)
+        with pytest.raises(MismatchError, match=told):
+            load_into(new, stored, *chain)
+    stored.seek(0)
+    others = exclude("*emb_edges*", "*lin_edge*", missing_ok=True)
+    assert load_into(new, stored, apart, others).loaded
+
+
+def test_an_order_that_nothing_tells_is_none() -> None:
+    """Edges of another graph, attributes that were computed: the values do not tell a name."""
+    old = task(ALONE, "GNN")
+    provider = old.model.model.processor_graph_provider
+    graph = read_graph(old.model)
+    assert edge_attributes(provider, graph) == ["edge_length"]
+    assert edge_attributes(provider, ()) == edge_attributes(None, graph) == []
+    provider.edge_attr += 1
+    assert edge_attributes(provider, graph) == []
+    other = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"processor": torch.nn.Module()})})
+    other.model.processor.proc = old.model.model.processor.proc  # not a model of Anemoi's
+    assert load_into(other, pickled(old), include("*.processor.proc.*")).loaded
+
+
+def test_other_edges_of_equal_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = task(ALONE, "GNN")
+    whole = checkpoint_of(old)
+    whole["hyper_parameters"]["graph_data"] = old.model.graph_data
+    by_dataset = {**whole, "hyper_parameters": {**whole["hyper_parameters"]}}
+    by_dataset["hyper_parameters"]["graph_data"] = {"data": old.model.graph_data}
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        made = PLAIN_GRAPH(*arguments, **options)
+        for kind in (("data", "to", "hidden"), ("hidden", "to", "data")):
+            made[kind].edge_index = made[kind].edge_index.flip(1)  # the same ones in another order
+        return made
+
+    same = task(ALONE, "GNN")
+    monkeypatch.setattr(weather_019, "_graph", other)
+    new = task(ALONE, "GNN")
+    torch.save(whole, stored := io.BytesIO())
+    stored.seek(0)
+    told = r"other edges than .*\.encoder_graph_provider\.data\..*; .*\.decoder_graph_provider"
+    for model, source, *chain in (
+        (new, whole),
+        (new, by_dataset, transfer_learning(new)),
+        (new, stored, weights),
+        (new.model, pickled(old), transfer_learning(new.model)),
+    ):
+        with pytest.raises(MismatchError, match=told):
+            load_into(model, source, *chain)
+    stored.seek(0)
+    assert plan(stored, model=new).complete  # values are compared when they are there
+    assert load_into(same, whole, strict=True)
+    assert load_into(new, whole, exclude("*.trainable.trainable")).loaded
+    assert load_into(new, {"state_dict": whole["state_dict"]}).loaded  # where nothing is known
+
+
+# ── processors without tensors ────────────────────────────────────────────────────────────────
+
+
+def processors(**kinds: Mapping[Any, Any]) -> Amend:
+    """Put processors beside the normaliser, those whose names begin with `before` before it."""
+
+    def amend(config: dict[str, Any]) -> None:
+        section = config["data"]["datasets"]["data"]
+        made = {
+            name: {
+                "_target_": PREPROCESSING + PROCESSORS[name.split("_")[-1]],
+                "config": dict(each),
+            }
+            for name, each in kinds.items()
+        }
+        before = {name: each for name, each in made.items() if name.startswith("before")}
+        section["processors"] = before | section["processors"] | made
+
+    return amend
+
+
+PROCESSORS = {
+    "imputer": "imputer.InputImputer",
+    "constant": "imputer.ConstantImputer",
+    "remapper": "remapper.Remapper",
+    "relu": "postprocessor.Postprocessor",
+}
+ROOT = {"default": "none", "sqrt": ["tp"]}
+POWER = {"default": "none", "power": ["tp"], "method_kwargs": {"power": {"pow": 0.5}}}
+FILLED = {"default": "none", "mean": ["t_850"]}
+NOTHING: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        ({"remapper": ROOT}, NOTHING, "tp = InputNormalizer, Remapper sqrt, .* InputNormalizer,"),
+        (
+            NOTHING,
+            {"remapper": ROOT},
+            "tp = InputNormalizer, and the model with InputNormalizer, R",
+        ),
+        ({"remapper": ROOT}, {"before_remapper": ROOT}, "tp = InputNormalizer, Remapper sqrt, and"),
+        (
+            {"remapper": ROOT},
+            {"remapper": {"default": "asinh"}},
+            "and the model with InputNormalizer, Remapper asinh,",
+        ),
+        ({"remapper": POWER}, {"remapper": ROOT}, r"Remapper power pow=0\.5, and .*Remapper sqrt"),
+        ({"imputer": FILLED}, {"constant": {0: ["t_850"]}}, "InputImputer mean, .*Constant\\w+ 0,"),
+        ({"imputer": FILLED}, {"imputer": {"default": "minimum"}}, "mean, .*InputImputer minimum,"),
+        ({"imputer": FILLED}, NOTHING, ""),  # there are no gaps any more
+        ({"imputer": FILLED}, {"imputer": {"default": "mean"}}, ""),
+        ({"relu": {"relu": ["tp"]}}, NOTHING, ""),  # after the network
+        ({"remapper": {"sqrt": "q_700", "none": "tp"}}, NOTHING, ""),  # a variable that is gone
+        (NOTHING, {"remapper": {"sqrt": "cp", "asinh": None}}, ""),  # one that is new
+    ],
+)
+def test_variables_that_are_processed_otherwise_are_refused(
+    was: dict[str, Any], now: dict[str, Any], told: str
+) -> None:
+    b = {"data": Variables(("cp", *(n for n in A.names if n != "q_700")), A.forcing, ("tp", "cp"))}
+    old = task(ALONE, "GNN", amend=processors(**was))
+    new = task(b, "GNN", amend=processors(**now))
+    checkpoint = checkpoint_of(old)
+    chains = align_variables(model=new), transfer_learning(new.model)
+    for model, source, chain in (
+        (new, checkpoint, chains[0]),
+        (new.model, pickled(old), chains[1]),
+    ):
+        if told:
+            with pytest.raises(MismatchError, match=rf"data\.data\.processors of .*{told}"):
+                load_into(model, source, chain)
+        else:
+            assert load_into(model, source, chain).loaded
+    only = include("*.processor.*")
+    assert load_into(new, checkpoint, only).loaded  # which no variable goes through
+
+
+def test_a_strategy_refuses_by_the_processors_that_a_checkpoint_names() -> None:
+    """Which variables it had before it was aligned, a strategy does not know."""
+    old = checkpoint_of(task(ALONE, "GNN", amend=processors(remapper=ROOT)))
+    new = task(AFTER, "GNN")
+    with pytest.raises(MismatchError, match=r"processors of tp = .*Remapper sqrt"):
+        transfer_learning(new)(old)
+    added = task(AFTER, "GNN", amend=processors(remapper={"sqrt": ["cp", "tp"]}))
+    assert transfer_learning(added)(align_variables(model=added)(old))["state_dict"]
+
+
+def test_processors_are_read_in_every_form() -> None:
+    """A configuration refers to others, has one dataset alone, or something else."""
+    new = task({"data": A}, "GNN", amend=processors(remapper={"default": "sqrt"}))
+    old = checkpoint_of(task({"data": A}, "GNN"))
+
+    def configured(data: Any, **more: Any) -> Any:
+        told = {"model": old["hyper_parameters"]["config"]["model"], "data": data, **more}
+        return {**old, "hyper_parameters": {**old["hyper_parameters"], "config": told}}
+
+    kinds = {
+        "normalizer": {"_target_": "a.InputNormalizer", "config": None},
+        "one": {"_target_": "a.Remapper", "config": {"default": "sqrt", "asinh": "${names.some}"}},
+    }
+    for data in ({"datasets": {"other": {"processors": kinds}}}, {"datasets": {"data": kinds}}):
+        known = "other" in data["datasets"]
+        for names in (["tp"], "tp"):
+            source = configured(data, names={"some": names})
+            if known:
+                with pytest.raises(MismatchError, match="of tp = InputNormalizer, Remapper asinh,"):
+                    load_into(new, source)
+            else:
+                assert load_into(new, source).loaded
+    for some in ([], None, "none"):
+        source = configured({"datasets": {"other": {"processors": kinds}}}, names={"some": some})
+        assert load_into(new, source, strict=True)
+    assert load_into(new, configured(None)).loaded
 
 
 def test_latents_side_by_side_in_another_order_are_refused() -> None:

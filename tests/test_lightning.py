@@ -90,8 +90,12 @@ def keeping(lightning: Any, folder: str, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("place", ["local", *STORES], indirect=True)
-def test_training_goes_on_from_a_store(lightning, place, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "last"),
+    [*((name, False) for name in ("local", *STORES)), ("local", True), ("s3", True)],
+    indirect=["place"],
+)
+def test_training_goes_on_from_a_store(lightning, place, tmp_path: Path, last: bool) -> None:
     folder = place.put("run/notes.txt", b"x").rpartition("/")[0]
     plugin = checkpoint_io()
 
@@ -120,7 +124,7 @@ def test_training_goes_on_from_a_store(lightning, place, tmp_path: Path) -> None
         plugins=[plugin],
         callbacks=[keeping(lightning, folder, save_top_k=1)],
     )
-    fit(going_on, second, ckpt_path=str(latest(folder)))
+    fit(going_on, second, ckpt_path="last" if last else str(latest(folder)))
     assert first.seen + second.seen == whole.seen
     assert torch.equal(second.layer.weight, whole.layer.weight)
     going_on.save_checkpoint(f"{folder}/by hand.ckpt")
@@ -240,8 +244,12 @@ def test_fsspec_finds_what_is_in_a_store(place, fsspec) -> None:
     assert files.isdir(folder)
     assert files.isdir(f"{folder}/")
     assert not files.exists(f"{folder}/a.tx")
-    assert files.ls(folder, detail=False) == [uri, f"{uri}.old", f"{folder}/deep"]
-    assert files.ls(uri, detail=False) == [uri]
+    names = files.ls(folder, detail=False)
+    assert names == [n.replace("://", "::/") for n in (uri, f"{uri}.old", f"{folder}/deep")]
+    chained = fsspec.core.url_to_fs(os.path.normpath(names[0]))[0]  # as Lightning does for "last"
+    assert type(chained) is type(files)
+    assert chained.info(names[0]) == files.info(uri)
+    assert files.ls(uri, detail=False) == chained.ls(names[0], detail=False) == names[:1]
     assert files.ls(folder)[2]["type"] == "directory"
     assert files.modified(uri) == list_objects(folder)[0].modified
     with pytest.raises(FileNotFoundError, match="never"):

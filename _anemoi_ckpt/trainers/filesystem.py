@@ -1,11 +1,16 @@
 """Places as fsspec has them, for programs that ask fsspec whether a file exists.
 
 fsspec's own packages for stores (s3fs, gcsfs, adlfs) are left alone where they are installed.
+
+`ls` names ``s3://bucket/key`` as ``s3::/bucket/key``, which fsspec reads as a chain that begins
+with our file system: Lightning's ``ckpt_path="last"`` puts what it finds through
+`os.path.normpath`, which would make ``s3:/bucket/key`` of the usual form.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +20,7 @@ from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, path_of, remove_
 from _anemoi_ckpt.transport import Source, Transport, attempted, listed, locate
 
 _PROTOCOLS = ("s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss")
+_CHAINED = re.compile(rf"({'|'.join(_PROTOCOLS)})::/+")
 
 
 def register(transport: Transport) -> None:
@@ -34,6 +40,16 @@ def register(transport: Transport) -> None:
             fsspec.register_implementation(protocol, ours, clobber=True)
 
 
+def unchained(path: Any) -> Any:
+    """Give a name that `ls` made its usual form; anything else as it is.
+
+    >>> unchained("s3::/bucket/run/last.ckpt")
+    's3://bucket/run/last.ckpt'
+    """
+    match = _CHAINED.match(path) if isinstance(path, str) else None
+    return f"{match[1]}://{path[match.end() :]}" if match else path
+
+
 class _Places:
     """What fsspec asks of a file system, for reading. Paths keep the scheme: it tells the store."""
 
@@ -45,7 +61,7 @@ class _Places:
     def _strip_protocol(cls, path: Any) -> Any:
         if isinstance(path, list):
             return [cls._strip_protocol(each) for each in path]
-        return str(path).rstrip("/")
+        return unchained(str(path)).rstrip("/")
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
         """Tell what is at a path.
@@ -92,7 +108,9 @@ class _Places:
         """
         entries = listed(parse_folder(_with_scheme(path)), self.transport)
         described = [_described(each) for each in entries] or [self.info(path)]
-        return described if detail else [each["name"] for each in described]
+        if detail:
+            return described
+        return [each["name"].replace("://", "::/", 1) for each in described]
 
     def modified(self, path: str) -> Any:
         """Tell when an object was last written to."""
@@ -112,9 +130,10 @@ class _Places:
 
 def _with_scheme(path: str) -> str:
     """Refuse a path that does not tell its store, as fsspec's own packages take them."""
-    if "://" not in str(path):
+    name = unchained(str(path))
+    if "://" not in name:
         raise ValueError(f"{path!r} does not tell its store: write the scheme, as s3://{path}")
-    return str(path)
+    return str(name)
 
 
 def _described(entry: Entry) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from _anemoi_ckpt.errors import MissingPackageError
 from _anemoi_ckpt.places import URI, Params, check_params, parse_uri, remove_object
 from _anemoi_ckpt.places.local import LocalURI
 from _anemoi_ckpt.saving import write_checkpoint
-from _anemoi_ckpt.trainers.filesystem import register
+from _anemoi_ckpt.trainers.filesystem import register, unchained
 from _anemoi_ckpt.transport import Transport, attempted
 
 
@@ -88,7 +88,7 @@ class _CheckpointIO:
         weights_only: object = None,  # noqa: ARG002 - no code of the checkpoint runs
     ) -> Any:
         """Load a checkpoint to the CPU."""
-        return self._read(path)
+        return self._read(unchained(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint."""
