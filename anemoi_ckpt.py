@@ -60,7 +60,7 @@ from _anemoi_ckpt.errors import (
 from _anemoi_ckpt.finding import Entries, found, is_glob
 from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
-from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
+from _anemoi_ckpt.loading import checked, checked_steps, loaded, put_through
 from _anemoi_ckpt.matching import Terms, matched, tracked
 from _anemoi_ckpt.opening import Opened, looked, opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
@@ -95,7 +95,7 @@ from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
 from _anemoi_ckpt.places.sftp import SFTPURI
 from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
-from _anemoi_ckpt.planning import Strategy, applied
+from _anemoi_ckpt.planning import Strategy
 from _anemoi_ckpt.previewing import Plan, previewed
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
@@ -415,7 +415,7 @@ def diff(  # noqa: PLR0913 - by keyword
         look = functools.partial(stored, strategies=strategies, trust=may_run)
         return looked(locate(place, transport), transport, look)
 
-    one, other = (side(*each) for each in places)
+    one, other = [side(*each) for each in places]  # a generator would rename a StopIteration
     return compared(one, other, values=values)
 
 
@@ -1105,10 +1105,14 @@ def load_into(  # noqa: PLR0913 - by keyword
     Raises:
         MismatchError: shapes differ (that no strategy left out), variables stand elsewhere (and no
             strategy aligned them), nothing fits, less than was required, the model or an
-            optimizer refuses, or an optimizer has parameters on the meta device. The model is as
-            it was, and so are those of the other ranks.
+            optimizer refuses, or an optimizer has parameters on the meta device. Where a method or
+            hook of the model's own refused by a built-in error, it is of that kind, too.
         TypeError: `model` is not a module; or as `load`.
         CheckpointError: as `load`.
+        Exception: an error of a class of the user's own that these raise, and whatever
+            `on_load_checkpoint` raises, as it is.
+
+    Whatever is raised, the model is then as it was, and so are those of the other ranks.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> report = load_into(model, {"weight": torch.ones(1, 2), "extra": torch.ones(3)})
@@ -1137,8 +1141,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     if held is None:
         found = loaded(place, steps, check, transport, progress)
     else:
-        check()
-        found = Loaded(applied(steps, held, place), 0, 0)
+        found = put_through(held, place, steps, check, transport)
     put = functools.partial(install, model, found.result, receivers, terms)
     if group is None:
         match = put()
