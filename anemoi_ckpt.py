@@ -286,7 +286,9 @@ def peek(
     """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
 
     Takes at most five ranged reads, however large the checkpoint is, and runs none of its code
-    (GCS and Azure are asked for size and version before).
+    (GCS and Azure are asked for size and version before). A legacy file does not tell how long its
+    pickle is: each read is twice as long as the one before, up to twice the pickle in all. Each
+    shard of a checkpoint takes one or two reads as a rule, five at most; many are read at once.
 
     Args:
         uri: where it is.
