@@ -159,6 +159,26 @@ def test_peek_of_what_cannot_be_hollow(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_peek_of_an_inert_object_with_tensors_among_its_arguments(tmp_path: Path) -> None:
+    class Held:
+        def __reduce__(self) -> Any:
+            return Container, ([torch.ones(3)], torch.zeros(5)), {"state": torch.ones(2)}
+
+    torch.save(Held(), tmp_path / "a.ckpt")
+    found = peek(tmp_path / "a.ckpt")
+    assert {tensor.bytes for tensor in found.tensors} == {12, 20, 8}
+    assert sum(found.keys.values()) == 40
+    assert found.tree().bytes == 40
+    parts = [torch.ones(2), torch.ones(3)]
+    torch.save(torch.nested.nested_tensor(parts, layout=torch.jagged), tmp_path / "b.ckpt")
+    assert peek(tmp_path / "b.ckpt").tree().bytes == 4 * 5 + 8 * 3
+
+
+class Container:
+    """Of a module that the reader need not have."""
+
+
 def test_peek_of_every_format(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
     (tmp_path / "legacy").write_bytes(
