@@ -858,7 +858,7 @@ def own_functions(error: BaseException) -> dict[str, Callable[..., Any]]:
     return {"first": first, "second": second}
 
 
-PROGRESS: dict[str, Callable[[str, Any, Path], Any]] = {
+OWN_PROGRESS: dict[str, Callable[[str, Any, Path], Any]] = {
     "load": lambda uri, own, path: load(uri, progress=own),
     "packed": lambda uri, own, path: load(f"{uri}.gz", progress=own),
     "legacy": lambda uri, own, path: load(f"{uri}.old", progress=own),
@@ -868,7 +868,7 @@ PROGRESS: dict[str, Callable[[str, Any, Path], Any]] = {
     "download": lambda uri, own, path: download(uri, path / "a.ckpt", progress=own),
     "verify": lambda uri, own, path: verify(uri, progress=own),
 }
-STRATEGIES: dict[str, Callable[[str, Any], Any]] = {
+OWN_STRATEGIES: dict[str, Callable[[str, Any], Any]] = {
     "load": load,
     "load_into": lambda uri, own: load_into(torch.nn.Linear(2, 2), uri, own),
     "in memory": lambda uri, own: load_into(torch.nn.Linear(2, 2), {"a": 1}, own),
@@ -876,11 +876,12 @@ STRATEGIES: dict[str, Callable[[str, Any], Any]] = {
     "diff": lambda uri, own: diff(uri, f"{uri}.old", own),
     "values": lambda uri, own: diff(uri, {"a": 1}, own, values=True),
 }
-OWN = [OwnError("mine"), KeyError("mine"), ConnectionResetError("mine"), FileNotFoundError("mine")]
+OWN_KINDS = (OwnError, KeyError, ConnectionResetError, FileNotFoundError, MemoryError)
+OWN_ERRORS = [kind("mine") for kind in OWN_KINDS]
 
 
 @pytest.mark.parametrize("ranged", [True, False])
-@pytest.mark.parametrize("error", [*OWN, MemoryError("mine"), UnreachableError("a", "is", "mine")])
+@pytest.mark.parametrize("error", [*OWN_ERRORS, UnreachableError("a", "is", "mine")])
 def test_what_a_progress_raises_comes_as_it_is(http_server, tmp_path, error, ranged: bool) -> None:
     """No store, no disk and no retry takes it for one of theirs."""
     data = {"weight": torch.randn(500, 1000)}
@@ -889,7 +890,7 @@ def test_what_a_progress_raises_comes_as_it_is(http_server, tmp_path, error, ran
     http_server.put("a.ckpt.old", as_bytes(data, _use_new_zipfile_serialization=False))
     if not ranged:
         http_server.fault = lambda request: servers.Fault(ignore_range=True)
-    for name, way in PROGRESS.items():
+    for name, way in OWN_PROGRESS.items():
         for each in ("first", "second"):
             with pytest.raises(type(error)) as caught:
                 way(uri, own_functions(error)[each], tmp_path)
@@ -898,16 +899,41 @@ def test_what_a_progress_raises_comes_as_it_is(http_server, tmp_path, error, ran
 
 
 @pytest.mark.parametrize(
-    "error", [*OWN, MemoryError("mine"), StopIteration("mine"), NotImplementedError("on meta")]
+    "error",
+    [*OWN_ERRORS, StopIteration("mine"), NotImplementedError("on meta"), SystemExit("mine")],
 )
 def test_what_a_strategy_raises_comes_as_it_is(http_server, error: Exception) -> None:
     uri = http_server.put("a.ckpt", as_bytes({"weight": torch.ones(2_000_000)}))
     http_server.put("a.ckpt.old", as_bytes({"a": 1}, _use_new_zipfile_serialization=False))
-    for name, way in STRATEGIES.items():
+    for name, way in OWN_STRATEGIES.items():
         with pytest.raises(type(error)) as caught:
             way(uri, own_functions(error)["first"])
         assert caught.value is error, name
     assert http_server.bytes_sent < 2**20  # which no value that is asked for would change
+
+
+class Starter:
+    """Starts a thread as it is built."""
+
+    def __reduce__(self) -> Any:
+        return start_thread, ()
+
+
+def start_thread() -> bool:
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    return True
+
+
+def test_trusted_code_may_start_a_thread_before_there_is_a_tensor(tmp_path: Path) -> None:
+    torch.save({"first": Starter(), "w": torch.ones(2)}, tmp_path / "a.ckpt")
+    rounds = []
+    found = load(tmp_path / "a.ckpt", lambda c: rounds.append(c["w"].is_meta) or c, trust=True)
+    assert found["first"] is True
+    assert len(rounds) == 2  # and not at the first one, for all values
+    torch.save({"w": torch.ones(2), "last": Starter()}, tmp_path / "b.ckpt")
+    assert load(tmp_path / "b.ckpt", trust=True)["last"] is True
 
 
 def refuse_because() -> None:
