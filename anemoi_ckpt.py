@@ -60,7 +60,7 @@ from _anemoi_ckpt.errors import (
 from _anemoi_ckpt.finding import Entries, found, is_glob
 from _anemoi_ckpt.hooks import mark_loaded
 from _anemoi_ckpt.installing import install
-from _anemoi_ckpt.loading import Loaded, checked, checked_steps, loaded
+from _anemoi_ckpt.loading import checked, checked_steps, loaded, put_through
 from _anemoi_ckpt.matching import Terms, matched, tracked
 from _anemoi_ckpt.opening import Opened, can_differ, looked, opened
 from _anemoi_ckpt.pickles.inert import Inert, InertGlobal
@@ -95,7 +95,7 @@ from _anemoi_ckpt.places.mlflow import MLflowURI
 from _anemoi_ckpt.places.s3 import S3URI
 from _anemoi_ckpt.places.sftp import SFTPURI
 from _anemoi_ckpt.places.streams import Place, StreamURI, parse_place
-from _anemoi_ckpt.planning import Strategy, applied
+from _anemoi_ckpt.planning import Strategy
 from _anemoi_ckpt.previewing import Plan, previewed
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import joined
@@ -286,7 +286,9 @@ def peek(
     """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
 
     Takes at most five ranged reads, however large the checkpoint is, and runs none of its code
-    (GCS and Azure are asked for size and version before).
+    (GCS and Azure are asked for size and version before). A legacy file does not tell how long its
+    pickle is: each read is twice as long as the one before, up to twice the pickle in all. Each
+    shard of a checkpoint takes one or two reads as a rule, five at most; many are read at once.
 
     Args:
         uri: where it is.
@@ -416,7 +418,8 @@ def diff(  # noqa: PLR0913 - by keyword
         return looked(locate(place, transport), transport, look)
 
     def compare() -> Difference:
-        return compared(*(side(*each) for each in places), values=values)
+        one, other = [side(*each) for each in places]  # a generator would rename a StopIteration
+        return compared(one, other, values=values)
 
     found = compare()
     stored_ones = [place for held, place in places if held is None]
@@ -1112,10 +1115,14 @@ def load_into(  # noqa: PLR0913 - by keyword
     Raises:
         MismatchError: shapes differ (that no strategy left out), variables stand elsewhere (and no
             strategy aligned them), nothing fits, less than was required, the model or an
-            optimizer refuses, or an optimizer has parameters on the meta device. The model is as
-            it was, and so are those of the other ranks.
+            optimizer refuses, or an optimizer has parameters on the meta device. Where a method or
+            hook of the model's own refused by a built-in error, it is of that kind, too.
         TypeError: `model` is not a module; or as `load`.
         CheckpointError: as `load`.
+        Exception: an error of a class of the user's own that these raise, and whatever
+            `on_load_checkpoint` raises, as it is.
+
+    Whatever is raised, the model is then as it was, and so are those of the other ranks.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> report = load_into(model, {"weight": torch.ones(1, 2), "extra": torch.ones(3)})
@@ -1144,8 +1151,7 @@ def load_into(  # noqa: PLR0913 - by keyword
     if held is None:
         found = loaded(place, steps, check, transport, progress)
     else:
-        check()
-        found = Loaded(applied(steps, held, place), 0, 0)
+        found = put_through(held, place, steps, check, transport)
     put = functools.partial(install, model, found.result, receivers, terms)
     if group is None:
         match = put()

@@ -38,6 +38,7 @@ class Blocks(io.RawIOBase):
     def __init__(self, source: Source, blocks: dict[int, memoryview]) -> None:
         """Take the blocks that are there, by their offsets."""
         self._source, self._blocks, self._position = source, blocks, 0
+        self._next, self._ahead = -1, 0  # where the last request ended, and how much it asked for
 
     def seekable(self) -> bool:
         """Tell that it is."""
@@ -70,19 +71,30 @@ class Blocks(io.RawIOBase):
         return filled
 
     def _block(self, position: int, length: int) -> memoryview:
-        """Give what is there from a position on; if nothing is, fetch all up to what is there."""
+        """Give what is there from a position on; if nothing is, fetch all up to what is there.
+
+        Who reads on and on, as in a legacy file, which does not tell how long its pickle is, gets
+        twice as much with each request. What is near the end comes with it: a zip's directory.
+        """
         for start, block in self._blocks.items():
             if start <= position < start + len(block):
                 return block[position - start :]
+        self._ahead = max(BLOCK_BYTES, 2 * self._ahead if position == self._next else 0)
         end = min(start for start in (*self._blocks, self._source.size) if start > position)
-        block = memoryview(bytearray(min(end - position, max(length + AHEAD_BYTES, BLOCK_BYTES))))
+        start = position
+        if end == self._source.size:
+            known = max(start + len(block) for start, block in self._blocks.items())
+            start = min(position, max(known, end - BLOCK_BYTES))
+        count = max(position - start + length + AHEAD_BYTES, self._ahead)
+        block = memoryview(bytearray(min(end - start, count)))
         try:
-            self._source.read(position, [block])
+            self._source.read(start, [block])
         except UnrangedError:
             self._source = whole(self._source)
-            self._source.read(position, [block])
-        self._blocks[position] = block
-        return block
+            self._source.read(start, [block])
+        self._blocks[start] = block
+        self._next = start + len(block)
+        return block[position - start :]
 
 
 def first_and_last(uri: URI, transport: Transport) -> tuple[Source, BinaryIO]:

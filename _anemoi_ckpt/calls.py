@@ -14,7 +14,7 @@ import inspect
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from traceback import walk_stack
@@ -181,11 +181,12 @@ def _drop_frames(err: BaseException | None) -> None:
     """Leave frames out of an error, its causes and what was handled when they were raised.
 
     What was handled is left out itself where a cause is told: that may be it without its secrets.
+    Causes keep the frames of the user's own functions: those of a model that refuses, say.
     """
     seen: list[BaseException] = []  # they may be in a circle
     while err is not None and not any(err is each for each in seen):
+        err.__traceback__ = _of_user(_frames(err)) if seen else None
         seen.append(err)
-        err.__traceback__ = None
         if err.__cause__ is not None:
             err.__context__ = None
         err = err.__cause__ or err.__context__
@@ -197,6 +198,17 @@ def _shortened(err: Exception) -> TracebackType | None:
     That is of an argument that we refuse, and of an error of the user's own functions. An error of
     our own code keeps them.
     """
+    frames = _frames(err)
+    last, users = frames[-1]
+    ours = last.tb_frame.f_code.co_filename.startswith(_OURS)
+    if not users and not (_SHORTENED in vars(err) or (ours and _is_raised(last))):
+        return frames[0][0]
+    vars(err)[_SHORTENED] = True
+    return _of_user(frames)
+
+
+def _frames(err: BaseException) -> list[tuple[TracebackType, bool]]:
+    """List the frames of an error's traceback, each with whether it is of the user's functions."""
     traceback, frames, users = err.__traceback__, [], False
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
@@ -205,15 +217,26 @@ def _shortened(err: Exception) -> TracebackType | None:
             users = not ours
         frames.append((traceback, users))
         traceback = traceback.tb_next
-    refused = _SHORTENED in vars(err) or (ours and _is_raised(frames[-1][0]))
-    if not users and not refused:
-        return frames[0][0]
-    vars(err)[_SHORTENED] = True
+    return frames
+
+
+def _of_user(frames: Sequence[tuple[TracebackType, bool]]) -> TracebackType | None:
     kept = None
     for frame, of_user in reversed(frames):
         if of_user:
             kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
     return kept
+
+
+def is_by_raise(err: BaseException) -> bool:
+    """Tell whether a ``raise`` in a file of the user's, and no other error, brought about this one.
+
+    A file of the user's is none of ours, of Python's and of the packages that are installed.
+    """
+    if err.__cause__ or err.__context__:
+        return False
+    last, _ = _frames(err)[-1]
+    return _is_raised(last) and not last.tb_frame.f_code.co_filename.startswith(_OURS + _LIBRARIES)
 
 
 def level_of_user() -> int:

@@ -200,7 +200,8 @@ def look_into(opened: Opened) -> Contents:
     keys = dict.fromkeys([""] if bare else map(str, top), 0)
     counted: set[str] = set()
     for (key, _), records in hollow.records.items():
-        keys[key] += sum(archive.records[record].size for record in records - counted)
+        size = sum(archive.records[record].size for record in records - counted)
+        keys[key] = keys.get(key, 0) + size  # an inert object has arguments beside its entries
         counted |= records
     metadata = find_metadata(archive)
     noted = metadata or metadata_of(top)

@@ -176,7 +176,7 @@ def _drawn(full: float | None, name: str, own: Sequence[_Fate], below: Sequence[
         share = differing / max(1, count)
     else:
         share = 1.0 if relative > full else relative / (full or 1.0)
-    if not below:
+    if own and not below:
         return evolve(own[0], branch=Branch(name, own[0].told, share))
     far = f", relative {relative:.3g}" if relative else ""
     told = f"{differing} of {count} differ{far}" if differing else f"{count} equal"
@@ -220,8 +220,9 @@ def compared(a: Side, b: Side, *, values: bool) -> Difference:
     norms: dict[str, Norms] = {}
     if values:
         for name, one, other in _pairs(a, b, [n for n, equal in verdicts.items() if not equal]):
-            verdicts[name] = _same_values(one, other)
-            if not verdicts[name]:
+            known = not (one.is_meta or other.is_meta)  # a tensor on meta has no values
+            verdicts[name] = _same_values(one, other) if known else one.is_meta == other.is_meta
+            if known and not verdicts[name]:
                 norms[name] = _norms(one, other)
     return Difference(
         a=a.place,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 UNPLACED = "the checkpoint"  # what an error of a strategy names: it does not know the place
@@ -75,6 +77,33 @@ class UnsafeCheckpointError(CheckpointError, ValueError):
 
 class MismatchError(CheckpointError, ValueError):
     """The checkpoint does not fit the model, or what a strategy needs of it."""
+
+
+def refusal(kind: type[Exception], place: object, problem: str, remedy: str) -> MismatchError:
+    """Make a MismatchError that is of the built-in kind of its cause, too.
+
+    >>> isinstance(refusal(KeyError, "a.ckpt", "it has no w", "add it"), KeyError)
+    True
+    """
+    known: Iterator[Any] = (each for each in kind.__mro__ if each.__module__ == "builtins")
+    built_in = next(each for each in known if not issubclass(each, BaseExceptionGroup))
+    return _refusal_of(built_in)(place, problem, remedy)
+
+
+@functools.cache
+def _refusal_of(kind: type[Exception]) -> type[MismatchError]:
+    if issubclass(MismatchError, kind):
+        return MismatchError
+
+    class RefusalError(MismatchError, kind):  # type: ignore[misc, valid-type] # a base is a value
+        __str__ = Exception.__str__  # that of a KeyError is a repr
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return refusal, (kind, self.place, self.problem, self.remedy), self.__dict__
+
+    RefusalError.__name__ = RefusalError.__qualname__ = MismatchError.__name__
+    RefusalError.__module__ = MismatchError.__module__
+    return RefusalError
 
 
 class NoDictError(MismatchError, TypeError):

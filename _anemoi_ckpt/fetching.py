@@ -71,7 +71,8 @@ def fetched(
         CheckpointError: they cannot be read, or are not what was written.
         MemoryError: there is no room for them.
     """
-    storages = _allotted(source, records)
+    allot = functools.partial(_allotted, source, records)
+    storages = allot() if ranks is None else ranks.together(allot)
     views = {key: memory(storage) for key, storage in storages.items() if storage.nbytes()}
     wanted = _Wanted(records, views, spare)
     total = sum(map(len, views.values()))
@@ -209,11 +210,13 @@ def _exchange(
     notify: Notify,
 ) -> dict[str, bytearray]:
     """Read this rank's share in waves, and send each to the others while the next one is read."""
-    share = sum(map(len, wanted.views.values())) // ranks.size
-    headers, parts = _laid_out(wanted, min(max(share, LEAST_BYTES), PART_BYTES))
+    size = sum(map(len, wanted.views.values())) // ranks.size
+    headers, parts = _laid_out(wanted, min(max(size, LEAST_BYTES), PART_BYTES))
     pending: list[Any] = []
+    received = 0  # bytes of others that nobody was told of
     for wave in _waves(parts, ranks, source.in_memory):
-        source = ranks.together(functools.partial(_read_share, source, wave[ranks.rank], notify))
+        share = functools.partial(_read_share, source, wave[ranks.rank], notify, received)
+        source, received = ranks.together(share), 0
         for finish in pending:
             finish()
         pending = []
@@ -221,14 +224,16 @@ def _exchange(
             kept = [view for _, pieces in dealt for view, key in pieces if key]
             pending.append(ranks.send(kept, owner))
             if owner != ranks.rank:
-                notify(sum(map(len, kept)))
+                received += sum(map(len, kept))
     for finish in pending:
         finish()
+    ranks.together(functools.partial(notify, received))
     return headers
 
 
-def _read_share(source: Source, parts: Sequence[_Part], notify: Notify) -> Source:
+def _read_share(source: Source, parts: Sequence[_Part], notify: Notify, received: int) -> Source:
     """Read what was dealt to this rank; give the source that could serve it."""
+    notify(received)  # here, where what it raises reaches all ranks
 
     def read(source: Source) -> Source:
         tasks = [

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from _anemoi_ckpt.calls import is_by_raise
 from _anemoi_ckpt.compat import casts_by_itself, without_dispatch, without_modes
 from _anemoi_ckpt.errors import CheckpointError, CorruptError
 from _anemoi_ckpt.formats import Archive, Names, blank_storage, storage_id, unreadable
@@ -117,7 +118,7 @@ class Ledger(TorchDispatchMode):
         """Tell whether values were asked for that are not there; an error may come of that."""
         if err is None or self.asked:
             return bool(self.asked)
-        if not self._awaited and not _asks_for_values(err):
+        if not self._awaited and (is_by_raise(err) or not _asks_for_values(err)):
             return False
         self.ask(self.origins())
         return True

@@ -22,7 +22,7 @@ from attrs import frozen
 
 from _anemoi_ckpt.anatomy import is_extra_state
 from _anemoi_ckpt.compat import FILLS_MIXED_DEVICES, has_own_memory
-from _anemoi_ckpt.errors import CheckpointError, MismatchError
+from _anemoi_ckpt.errors import CheckpointError, MismatchError, refusal
 from _anemoi_ckpt.hooks import STATES, call_hook, remember
 from _anemoi_ckpt.matching import (
     Dtypes,
@@ -66,7 +66,11 @@ def install(
 
     Raises:
         MismatchError: the model, an optimizer or a scheduler refused, or the model's nodes are in
-            other places, or its edges others. Then nothing has changed, here or on the other ranks.
+            other places, or its edges others. Where they refused by a built-in error, it is of
+            that kind, too.
+        Exception: an error of the user's own class, as it is.
+
+    Whatever is raised, nothing has changed then, here or on the other ranks.
     """
     take = _take_shards if any(map(is_sharded, model.parameters())) else _take
     with ExitStack() as undo:
@@ -89,7 +93,7 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     """Have the model's own hook see the checkpoint, where a strategy resumes training.
 
     Raises:
-        MismatchError: the hook raised.
+        Exception: what the hook raises, as it is.
     """
     if terms.hook is None:
         return match
@@ -100,14 +104,13 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     checkpoint = {**match.rest, "state_dict": match.fitting, **states}
     try:
         whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
-    except MemoryError:
-        raise
     except Exception as err:
-        raise MismatchError(
-            terms.place,
-            f"the model's on_load_checkpoint refused it ({type(err).__name__}: {err})",
-            "leave out keep_progress and warm_start to load without that hook",
-        ) from err
+        if not isinstance(err, CheckpointError):
+            err.add_note(
+                f"raised by the model's on_load_checkpoint, while loading {terms.place}: leave out"
+                " keep_progress and warm_start to load without that hook"
+            )
+        raise
     states = {kind: whole[STATES[kind]] for kind in match.states}
     return match._replace(fitting=whole["state_dict"], states=states)
 
@@ -140,10 +143,13 @@ def _take(
         taken = with_keys(match, model, *keys)
         check_enough(terms, model, taken)
         _restore(receivers, match, terms, undo)
-    except (CheckpointError, MemoryError):
+    except (CheckpointError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as err:
-        raise _refused(terms, err) from err
+        if type(err).__module__.partition(".")[0] in {"builtins", "torch"}:
+            raise _refused(terms, err) from err
+        err.add_note(f"while loading {terms.place}")  # it is of a class of the user's own
+        raise
     return _Taken(taken, copies)
 
 
@@ -160,7 +166,7 @@ def _lossy(model: torch.nn.Module, values: Mapping[str, Any]) -> dict[str, Dtype
 
 def _refused(terms: Terms, err: Exception) -> MismatchError:
     problem = f"the model refused it ({type(err).__name__}: {err})"
-    return MismatchError(terms.place, problem, "leave out with exclude what it does not take")
+    return refusal(type(err), terms.place, problem, "leave out with exclude what it does not take")
 
 
 # ── model ─────────────────────────────────────────────────────────────────────────────────────

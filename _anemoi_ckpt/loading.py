@@ -23,7 +23,7 @@ from _anemoi_ckpt.pickles.reading import Trust, trusted
 from _anemoi_ckpt.pinning import brought, check_digest
 from _anemoi_ckpt.places import URI
 from _anemoi_ckpt.places.streams import Place, parse_place
-from _anemoi_ckpt.planning import Strategy, planned, random_states
+from _anemoi_ckpt.planning import Strategy, applied, planned, random_states
 from _anemoi_ckpt.progress import Progress
 from _anemoi_ckpt.ranks import Ranks, joined
 from _anemoi_ckpt.steps import check_strategies
@@ -69,6 +69,25 @@ def loaded(
         place = functools.partial(located, uri, transport)
         checkpoint = opened_by_ranks(place, transport, progress, ranks)
         return completed(checkpoint, strategies, names, progress, ranks)
+
+
+def put_through(
+    checkpoint: Any,
+    place: URI,
+    strategies: Sequence[Strategy],
+    check: Callable[[], Trust],
+    transport: Transport,
+) -> Loaded:
+    """Put a checkpoint in memory through strategies; what one rank of a group meets, all raise."""
+
+    def take() -> Loaded:
+        check()
+        return Loaded(applied(strategies, checkpoint, place), 0, 0)
+
+    if transport.group is None:
+        return take()
+    with joined(transport, place) as ranks:
+        return ranks.together(take)
 
 
 def _checked_by_rank(check: Callable[[], Trust], transport: Transport) -> Trust:

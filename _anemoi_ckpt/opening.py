@@ -261,10 +261,8 @@ def _opened_shards(
         name: evolve(origin, uri=beside(name), version=None, beginning=(0, 0))
         for name in dict.fromkeys(weight_map.values())
     }
-    tasks = [functools.partial(_first_block, shard) for shard in shards.values()]
-    read = [
-        _read_file(source, blocks, progress=False) for source, blocks in in_parallel(tasks, origin)
-    ]
+    tasks = [functools.partial(_opened_shard, shard) for shard in shards.values()]
+    read = in_parallel(tasks, origin)
     archives = {name: archive for name, (_, archive) in zip(shards, read, strict=True)}
     joined = evolve(
         next(iter(shards.values())),
@@ -274,13 +272,15 @@ def _opened_shards(
     return Opened(joined, joined, join_archives(place, weight_map, archives, STRIDE_BYTES))
 
 
-def _first_block(source: Source) -> tuple[Source, BinaryIO]:
+def _opened_shard(source: Source) -> tuple[Source, Archive]:
+    """Read a shard from its first block on: that of safetensors has all that is needed."""
     try:
-        return first_alone(source)
+        source, blocks = first_alone(source)
     except UnrangedError:
         data = streamed(source.uri, source.transport, progress=False)
         source.moved.append(len(data))
-        return in_memory(source.uri, data)
+        source, blocks = in_memory(source.uri, data)
+    return _read_file(source, blocks, progress=False)
 
 
 # ── compression ───────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from _anemoi_ckpt.compat import store_of
 from _anemoi_ckpt.errors import CheckpointError, InvalidURIError, UnreachableError, redact
+from _anemoi_ckpt.progress import RelayedError
 from _anemoi_ckpt.transport import Transport
 
 _T = TypeVar("_T")
@@ -160,6 +161,8 @@ class Ranks:
         try:
             with self.beating():
                 result = act()
+        except RelayedError as err:
+            problem = err.problem
         except Exception as err:  # noqa: BLE001 - raised on all ranks
             problem = err
         self.agree(None, problem)

@@ -171,7 +171,7 @@ def run(strategy: Callable[[Any], Any], checkpoint: Any) -> Any:
         TypeError: it returned None, as a function does that changes what it is given.
     """
     result = strategy(checkpoint)
-    if result is None and not isinstance(strategy, Final):
+    if result is None and checkpoint is not None and not isinstance(strategy, Final):
         raise TypeError(
             f"the strategy {_shown(strategy)} returned None: a strategy returns a checkpoint. Write"
             " pipe(uri, load, …) to end with a function that returns None"

@@ -173,17 +173,6 @@ def _tell(problem: UnreachableError, count: int, transport: Transport, told: _To
         log.info("goes on at %s: %s", problem.place, problem.problem)
 
 
-class _NotifyError(BaseException):
-    """What the user's function of the progress raised, on its way through an SDK.
-
-    An SDK or `explained` would take an exception of the user's for one of the network's.
-    """
-
-    def __init__(self, problem: Exception) -> None:
-        super().__init__(problem)
-        self.problem = problem
-
-
 # ── source ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -250,10 +239,7 @@ class Source:
             if self.stop.is_set():
                 raise CancelledError
             if notify:
-                try:
-                    notify(count)
-                except Exception as err:  # noqa: BLE001 - a function of the user's
-                    raise _NotifyError(err) from None
+                notify(count)
 
         return hear
 
@@ -274,11 +260,7 @@ class Source:
                 best = max(best, buffers.filled)
                 raise
 
-        try:
-            return attempted(self.transport, fill, self.stop, self.told)
-        except _NotifyError as err:
-            problem = err.problem
-        raise problem
+        return attempted(self.transport, fill, self.stop, self.told)
 
     def _fill_once(self, offset: int, buffers: Buffers) -> Version:
         filled = buffers.filled

@@ -3,6 +3,7 @@
 import collections
 import functools
 import io
+import json
 import random
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -49,10 +50,11 @@ from anemoi_ckpt import (
     load,
     load_into,
     peek,
+    plan,
     save,
 )
 from checkpoints import as_bytes, assert_same
-from strategies import cast, exclude, require_finite
+from strategies import cast, exclude, require_finite, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*nested:UserWarning", "ignore:.*quantized:UserWarning"
@@ -315,6 +317,69 @@ def registered() -> Iterator[None]:
     yield
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(before)
+
+
+class Ran(nn.Linear):
+    """A whole model, and what runs when it is built from a pickle."""
+
+    ran: list[str] = []  # noqa: RUF012 - shared on purpose
+
+    def __new__(cls, *args: Any) -> Self:
+        cls.ran.append("new")
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.ran.append("setstate")
+        super().__setstate__(state)
+
+
+def run_it(*args: Any) -> Any:
+    Ran.ran.append("function")
+    return args
+
+
+class Reduced:
+    def __reduce__(self) -> Any:
+        return run_it, (1, [2])
+
+
+class Setting:
+    def __init__(self) -> None:
+        self.value = 3
+
+
+def test_whatever_is_registered_every_way_to_load_gives_the_same(
+    tmp_path: Path, registered: None
+) -> None:
+    checkpoint = {"d": collections.defaultdict(int), "r": Reduced(), "e": Setting(), "n": {}}
+    state = Ran(2, 2).state_dict()
+    old = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": state, **checkpoint}, tmp_path / "zip.ckpt")
+    old({"state_dict": state, **checkpoint}, tmp_path / "old.ckpt")
+    torch.save(Ran(2, 2), tmp_path / "module.pt")
+    old(Ran(2, 2), tmp_path / "module.old")
+    torch.save({"weight": state["weight"], "r": Reduced()}, tmp_path / "1.bin")
+    torch.save({"bias": state["bias"], "r": Reduced()}, tmp_path / "2.bin")
+    index = {"weight_map": {"weight": "1.bin", "bias": "2.bin"}}
+    (tmp_path / "model.bin.index.json").write_text(json.dumps(index))
+    names = ("zip.ckpt", "old.ckpt", "module.pt", "module.old", "model.bin.index.json")
+
+    def seen(place: Path) -> list[Any]:
+        model = nn.Linear(2, 2)
+        told = [load(place), peek(place), load(place, weights), plan(place).tensors]
+        report = load_into(model, place)
+        return [*map(repr, told), report.loaded, report.rest.keys(), diff(place, model).equal]
+
+    torch.serialization.clear_safe_globals()
+    before = [seen(tmp_path / name) for name in names]
+    assert "inert" in before[0][1]
+    everything = [Ran, nn.Linear, run_it, Setting, collections.defaultdict, int, set, getattr]
+    torch.serialization.add_safe_globals(everything)
+    Ran.ran.clear()
+    assert type(torch.load(tmp_path / "zip.ckpt", weights_only=True)["e"]) is Setting
+    assert Ran.ran == ["function"]
+    assert [seen(tmp_path / name) for name in names] == before
+    assert Ran.ran == ["function"]
 
 
 @pytest.mark.parametrize("factory", [int, float, str, bool, list, dict, set, tuple, None])

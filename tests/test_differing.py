@@ -313,3 +313,29 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         diff(path, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         diff(path)  # type: ignore[call-arg]
+
+
+def test_checkpoints_without_tensors(tmp_path: Path) -> None:
+    for number, held in enumerate([{"epoch": 3}, [1, {"a": "b"}], "text", None]):
+        torch.save(held, tmp_path / "a.ckpt")
+        torch.save([held, number], tmp_path / "b.ckpt")
+        for values in (False, True):
+            same = diff(tmp_path / "a.ckpt", tmp_path / "a.ckpt", values=values)
+            assert same.same
+            assert "equal    0 tensors" in repr(same)
+            assert "the same" in same._repr_html_()
+            other = diff(tmp_path / "a.ckpt", tmp_path / "b.ckpt", values=values)
+            assert other
+            assert "they differ" in repr(other)
+            assert "they differ" in other._repr_html_()
+
+
+def test_tensors_without_values(tmp_path: Path) -> None:
+    """Some were saved on the meta device: nothing of two of these differs."""
+    a = {"lost": torch.ones(2, device="meta"), "kept": torch.ones(2, device="meta")}
+    b = {"lost": torch.ones(2), "kept": torch.ones(2, device="meta")}
+    one, other = save(a, tmp_path / "a.ckpt"), save(b, tmp_path / "b.ckpt")
+    for sides in ((one, other), (other, one), (a, other), (one, b)):
+        found = diff(*sides, values=True)
+        assert (found.equal, found.changed, found.norms) == (("kept",), ("lost",), {})
+        assert "changed 1  lost" in repr(found)

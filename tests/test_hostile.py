@@ -236,13 +236,17 @@ def test_a_zip_that_is_no_checkpoint_and_one_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS, PICKLE])
 def test_a_deflated_record(tmp_path: Path, name: str) -> None:
     assert_same(outcome(tmp_path / "a", changed(name, method=8)), STATE)
-    for lies in ({"crc": 1}, {"size": 10}, {"flags": 1}):
+    for lies in ({"crc": 1}, {"size": 10}):
         refused(tmp_path / "a", changed(name, method=8, **lies), "cannot be unpacked")
+    for lies in ({"flags": 1}, {"flags": 1, "method": 8}):
+        refused(tmp_path / "a", changed(name, **lies), "or encrypted, as no torch")
     assert_same(outcome(tmp_path / "a", changed(name, method=8, size=10**6)), STATE)
     refused(tmp_path / "a", changed(name, method=8, size=2**42), "unpacked; do not trust it")
     for method in (12, 14):  # bzip2, LZMA
         refused(tmp_path / "a", changed(name, method=method), "not by deflate")
     refused(tmp_path / "a", changed(name, method=99), "not by deflate")
+    with pytest.raises(NotACheckpointError):  # nothing of it is damaged
+        peek(tmp_path / "a")
 
 
 def test_a_deflate_bomb_that_denies_it(tmp_path: Path) -> None:

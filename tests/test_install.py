@@ -2,8 +2,12 @@
 
 import copy
 import functools
+import pickle
 import re
+import traceback
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -869,6 +873,113 @@ def test_what_is_no_refusal_comes_as_it_is_and_changes_nothing(error: BaseExcept
         assert_same(dict(model.state_dict()), dict(before))
 
 
+class OwnError(Exception):
+    """An error of a model's own code."""
+
+
+def own_ways_to_raise(error: Exception) -> Iterator[nn.Module]:
+    """Models whose own code raises an error when they have taken a part of their tensors."""
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    class Loading(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            raise error
+
+    class Overriding(nn.Linear):
+        def load_state_dict(self, state: Any, strict: bool = True) -> Any:
+            super().load_state_dict(state, strict)
+            raise error
+
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return 1
+
+        def set_extra_state(self, state: Any) -> None:
+            raise error
+
+    yield Overriding(2, 2)
+    for kind in (Loading, Extra):
+        yield nn.Sequential(nn.Linear(2, 2), kind(2, 2))
+    before, after = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    pre_hook(before, fail)
+    yield before
+    after[0].register_load_state_dict_post_hook(fail)
+    yield after
+
+
+BUILT_IN = [RuntimeError, NotImplementedError, KeyError, OSError, UnicodeError]
+
+
+@pytest.mark.parametrize("kind", [OwnError, *BUILT_IN, ValueError, ExceptionGroup])
+def test_what_a_models_own_code_raises_is_what_the_load_raises(kind: Any, tmp_path: Path) -> None:
+    """One of its own class as it is; a built-in one as a refusal that is of its kind, too."""
+    error = kind("mine", [OwnError()]) if kind is ExceptionGroup else kind("mine")
+    for model in own_ways_to_raise(error):
+        state = {name: torch.ones(2, 2) for name in model.state_dict() if "bias" not in name}
+        torch.save(state | {n: 1 for n in model.state_dict() if "extra" in n}, tmp_path / "a.ckpt")
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(OwnError if kind is OwnError else MismatchError) as caught:
+            load_into(model, tmp_path / "a.ckpt")
+        if kind is OwnError:
+            assert caught.value is error
+            assert error.__notes__.pop() == f"while loading {tmp_path / 'a.ckpt'}"
+        else:
+            assert caught.value.__cause__ is error
+            said = f"{tmp_path / 'a.ckpt'}: the model refused it ({kind.__name__}: "
+            assert str(caught.value).startswith(said)
+            assert [f.name for f in traceback.extract_tb(error.__traceback__)][-1:] in HOOKS
+        if kind in BUILT_IN:
+            assert isinstance(caught.value, kind)
+            again = pickle.loads(pickle.dumps(caught.value))
+            assert (type(again), str(again)) == (type(caught.value), str(caught.value))
+        assert_same(dict(model.state_dict()), dict(before))
+
+
+HOOKS = [["_load_from_state_dict"], ["load_state_dict"], ["set_extra_state"], ["fail"]]
+
+
+def test_what_torch_refuses_is_a_mismatch_whoever_called_it() -> None:
+    class Strict(nn.Linear):
+        def load_state_dict(self, state: Any) -> Any:
+            return super().load_state_dict(state, strict=True)
+
+    class Telling(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            args[-1].append("a message of its own")
+
+    class Shrinking(nn.Linear):
+        def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+            state[prefix + "weight"] = state[prefix + "weight"][:1]
+            super()._load_from_state_dict(state, prefix, *args)
+
+    for kind, said in (
+        (Strict, r"(?s)refused it \(RuntimeError: Error\(s\) in .*Missing key.*bias"),
+        (Telling, r"(?s)refused it \(RuntimeError: .*a message of its own"),
+        (Shrinking, r"(?s)refused it \(RuntimeError: .*size mismatch for weight"),
+    ):
+        model = kind(2, 2)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(MismatchError, match=said) as caught:
+            load_into(model, {"weight": torch.ones(2, 2)})
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert_same(dict(model.state_dict()), dict(before))
+
+
+def test_a_gpu_without_memory_is_no_refusal() -> None:
+    """torch raises it in frames of its own, here by a future, which has none of a test's."""
+    full: Future[Any] = Future()
+    full.set_exception(torch.cuda.OutOfMemoryError("full"))
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    model.modules = full.result  # type: ignore[method-assign, assignment] # for this test
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
+        load_into(model, {"weight": torch.ones(2, 2)})
+    assert_same(dict(model.state_dict()), dict(before))
+
+
 def test_an_optimizer_that_refuses_its_own_state_as_well() -> None:
     class Refusing(torch.optim.SGD):
         def load_state_dict(self, state: Any) -> None:
@@ -877,7 +988,7 @@ def test_an_optimizer_that_refuses_its_own_state_as_well() -> None:
     model = nn.Linear(2, 2)
     before = snapshot(model)
     checkpoint = {"state_dict": nn.Linear(2, 2).state_dict(), "optimizer_states": [{}]}
-    with pytest.raises(MismatchError, match="no state is good"):
+    with pytest.raises(KeyError, match=r"refused it .*no state is good"):
         load_into(model, checkpoint, optimizer=Refusing(model.parameters()))
     assert_same(snapshot(model), before)
 

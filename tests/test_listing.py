@@ -11,14 +11,18 @@ import _anemoi_ckpt.transport
 import anemoi_ckpt
 import servers
 from anemoi_ckpt import (
+    URI,
     AccessDeniedError,
     CheckpointNotFoundError,
     Entry,
     InvalidURIError,
+    Page,
     latest,
     list_objects,
+    list_page,
     load,
     parse_uri,
+    register_scheme,
     remove_object,
 )
 from checkpoints import as_bytes
@@ -301,3 +305,15 @@ def test_who_may_not_list_gets_no_names_and_no_other_error(place, status: int) -
     assert str(caught.value).endswith("; check the name for typing errors")
     assert not isinstance(caught.value.__context__, AccessDeniedError)
     assert len(listings) == 1
+
+
+def test_a_place_that_tells_no_times_wants_a_key(tmp_path: Path) -> None:
+    class Timeless(URI):
+        """timeless://host/path"""
+
+    register_scheme("timeless", Timeless)
+    names = ["timeless://host/run/a.ckpt", "timeless://host/run/b.ckpt"]
+    list_page.register(Timeless, lambda *_, **__: Page([Entry(parse_uri(n), 1) for n in names]))
+    with pytest.raises(InvalidURIError, match="does not tell when a file was written; give a key="):
+        latest("timeless://host/run/")
+    assert latest("timeless://host/run/", key=lambda entry: entry.uri.filename).text == names[1]

@@ -1,5 +1,6 @@
 """The laws of `load`: fusion, frugality, fidelity, purity, all or nothing."""
 
+import asyncio
 import contextlib
 import functools
 import gzip
@@ -36,10 +37,16 @@ from anemoi_ckpt import (
     CorruptError,
     Inert,
     NotACheckpointError,
+    UnreachableError,
     UnsafeCheckpointError,
+    diff,
+    download,
     load,
+    load_into,
     parse_uri,
     peek,
+    plan,
+    verify,
 )
 from checkpoints import as_bytes, assert_same, lexicographic, lightning_checkpoint, odd_checkpoint
 from strategies import compose, drop_optimizer, weights
@@ -831,6 +838,123 @@ def test_what_memory_has_no_room_for(http_server) -> None:
     with pytest.raises(MemoryError, match=r"sig=\*\*\*: there is no memory for the 115292150"):
         _anemoi_ckpt.fetching.fetched(source, records)
     assert http_server.log == []
+
+
+class OwnError(Exception):
+    """An error of the user's own."""
+
+
+def own_functions(error: BaseException) -> dict[str, Callable[..., Any]]:
+    """Functions of the user's that raise an error: at the first call, and at the second one."""
+    calls = itertools.count()
+
+    def first(*args: Any) -> Any:
+        raise error
+
+    def second(*args: Any) -> Any:
+        if next(calls):
+            raise error
+
+    return {"first": first, "second": second}
+
+
+OWN_PROGRESS: dict[str, Callable[[str, Any, Path], Any]] = {
+    "load": lambda uri, own, path: load(uri, progress=own),
+    "packed": lambda uri, own, path: load(f"{uri}.gz", progress=own),
+    "legacy": lambda uri, own, path: load(f"{uri}.old", progress=own),
+    "cached": lambda uri, own, path: load(uri, cached=True, progress=own),
+    "digest": lambda uri, own, path: load(uri, sha256="0" * 64, progress=own),
+    "load_into": lambda uri, own, path: load_into(torch.nn.Linear(1000, 500), uri, progress=own),
+    "download": lambda uri, own, path: download(uri, path / "a.ckpt", progress=own),
+    "verify": lambda uri, own, path: verify(uri, progress=own),
+}
+OWN_STRATEGIES: dict[str, Callable[[str, Any], Any]] = {
+    "load": load,
+    "load_into": lambda uri, own: load_into(torch.nn.Linear(2, 2), uri, own),
+    "in memory": lambda uri, own: load_into(torch.nn.Linear(2, 2), {"a": 1}, own),
+    "plan": plan,
+    "diff": lambda uri, own: diff(uri, f"{uri}.old", own),
+    "values": lambda uri, own: diff(uri, {"a": 1}, own, values=True),
+}
+OWN_KINDS = (OwnError, KeyError, ConnectionResetError, FileNotFoundError, MemoryError)
+OWN_ERRORS = [kind("mine") for kind in OWN_KINDS]
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+@pytest.mark.parametrize("error", [*OWN_ERRORS, UnreachableError("a", "is", "mine")])
+def test_what_a_progress_raises_comes_as_it_is(http_server, tmp_path, error, ranged: bool) -> None:
+    """No store, no disk and no retry takes it for one of theirs."""
+    data = {"weight": torch.randn(500, 1000)}
+    uri = http_server.put("a.ckpt", as_bytes(data))
+    http_server.put("a.ckpt.gz", gzip.compress(as_bytes(data), 1))
+    http_server.put("a.ckpt.old", as_bytes(data, _use_new_zipfile_serialization=False))
+    if not ranged:
+        http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    for name, way in OWN_PROGRESS.items():
+        for each in ("first", "second"):
+            with pytest.raises(type(error)) as caught:
+                way(uri, own_functions(error)[each], tmp_path)
+            assert caught.value is error, name
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*OWN_ERRORS, StopIteration("mine"), NotImplementedError("on meta"), SystemExit("mine")],
+)
+def test_what_a_strategy_raises_comes_as_it_is(http_server, error: Exception) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({"weight": torch.ones(2_000_000)}))
+    http_server.put("a.ckpt.old", as_bytes({"a": 1}, _use_new_zipfile_serialization=False))
+    for name, way in OWN_STRATEGIES.items():
+        with pytest.raises(type(error)) as caught:
+            way(uri, own_functions(error)["first"])
+        assert caught.value is error, name
+    assert http_server.bytes_sent < 2**20  # which no value that is asked for would change
+
+
+class Starter:
+    """Starts a thread as it is built."""
+
+    def __reduce__(self) -> Any:
+        return start_thread, ()
+
+
+def start_thread() -> bool:
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    return True
+
+
+def test_trusted_code_may_start_a_thread_before_there_is_a_tensor(tmp_path: Path) -> None:
+    torch.save({"first": Starter(), "w": torch.ones(2)}, tmp_path / "a.ckpt")
+    rounds = []
+    found = load(tmp_path / "a.ckpt", lambda c: rounds.append(c["w"].is_meta) or c, trust=True)
+    assert found["first"] is True
+    assert len(rounds) == 2  # and not at the first one, for all values
+    torch.save({"w": torch.ones(2), "last": Starter()}, tmp_path / "b.ckpt")
+    assert load(tmp_path / "b.ckpt", trust=True)["last"] is True
+
+
+def refuse_because() -> None:
+    try:
+        {}["a"]
+    except KeyError as err:
+        raise NotImplementedError from err
+
+
+@pytest.mark.parametrize("refuse", [asyncio.AbstractEventLoop().time, refuse_because])
+def test_an_error_that_may_be_of_hollow_tensors_asks_for_values(tmp_path: Path, refuse) -> None:
+    """A library raised it, or it came of another one."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.ckpt")
+    rounds = itertools.count()
+
+    def once(checkpoint: Any) -> Any:
+        if not next(rounds):
+            refuse()
+        return checkpoint
+
+    assert load(tmp_path / "a.ckpt", once)["a"].tolist() == [1, 1]
 
 
 def test_memory_does_not_outlive_its_view_nor_the_view_its_memory() -> None:

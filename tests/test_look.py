@@ -129,6 +129,27 @@ def test_peek_takes_few_requests_whatever_the_size(place: Any) -> None:
         assert len(place.server.log) <= most
 
 
+def test_peek_of_a_legacy_file_reads_twice_as_much_with_each_request(http_server) -> None:
+    state = {f"layers.{i}.weight": torch.zeros(500) for i in range(3000)}
+    checkpoint = {"state_dict": state, "hyper_parameters": {"text": "x" * 2_000_000}}
+    data = as_bytes(checkpoint, _use_new_zipfile_serialization=False)
+    found = peek(http_server.put("a.ckpt", data))
+    assert len(found.tensors) == 3000
+    assert found.bytes_moved < 2 * (len(data) - 3000 * 2000) + 2 * 64 * 1024
+    assert len(http_server.log) <= 8
+
+
+def test_peek_of_shards_reads_each_in_two_requests(http_server) -> None:
+    names = {f"layers.{i}": f"{i}.bin" for i in range(5)}
+    for tensor, name in names.items():
+        http_server.put(name, as_bytes({tensor: torch.zeros(100_000)}))
+    uri = http_server.put("model.bin.index.json", json.dumps({"weight_map": names}).encode())
+    found = peek(uri)
+    assert [each.name for each in found.tensors] == list(names)
+    assert len(http_server.log) == 2 + 2 * len(names)
+    assert found.bytes_moved < 2 * 64 * 1024 * len(names) + 2000  # of the index
+
+
 @pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")  # torch's own plans for them
 def test_peek_of_what_cannot_be_hollow(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.qint8)
@@ -136,6 +157,26 @@ def test_peek_of_what_cannot_be_hollow(tmp_path: Path) -> None:
     assert [(t.name, t.shape, t.bytes) for t in peek(tmp_path / "a.ckpt").tensors] == [
         ("q", (4,), 4)
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_peek_of_an_inert_object_with_tensors_among_its_arguments(tmp_path: Path) -> None:
+    class Held:
+        def __reduce__(self) -> Any:
+            return Container, ([torch.ones(3)], torch.zeros(5)), {"state": torch.ones(2)}
+
+    torch.save(Held(), tmp_path / "a.ckpt")
+    found = peek(tmp_path / "a.ckpt")
+    assert {tensor.bytes for tensor in found.tensors} == {12, 20, 8}
+    assert sum(found.keys.values()) == 40
+    assert found.tree().bytes == 40
+    parts = [torch.ones(2), torch.ones(3)]
+    torch.save(torch.nested.nested_tensor(parts, layout=torch.jagged), tmp_path / "b.ckpt")
+    assert peek(tmp_path / "b.ckpt").tree().bytes == 4 * 5 + 8 * 3
+
+
+class Container:
+    """Of a module that the reader need not have."""
 
 
 def test_peek_of_every_format(tmp_path: Path) -> None:

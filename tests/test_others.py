@@ -1,5 +1,6 @@
 """What is no checkpoint is said as what it is, with the way out; and that way leads out."""
 
+import gzip
 import io
 import socket
 import tarfile
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import servers
-from anemoi_ckpt import InvalidURIError, NotACheckpointError, load
+from anemoi_ckpt import CheckpointError, InvalidURIError, NotACheckpointError, load
 from checkpoints import as_bytes
 
 DATA = as_bytes({"w": torch.ones(3)})
@@ -116,3 +117,43 @@ def test_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made.bind("s")
         with pytest.raises(InvalidURIError, match="a pipe or a device, not a file"):
             load("s")
+
+
+def test_links_that_lead_to_each_other(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"[Tt]oo many.* links.*; check the disk") as caught:
+        load(tmp_path / "a")
+    assert type(caught.value) is CheckpointError
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_a_shard_without_bytes(http_server: servers.HTTPServer, ranged: bool) -> None:
+    http_server.put("1.bin", as_bytes({"a": torch.ones(2)}))
+    http_server.put("2.bin", b"")
+    uri = http_server.put("index.json", b'{"weight_map": {"a": "1.bin", "b": "2.bin"}}')
+    if not ranged:
+        http_server.fault = lambda request: servers.Fault(ignore_range=True)
+    with pytest.raises(NotACheckpointError, match=r"2.bin: the file is empty"):
+        load(uri)
+
+
+def test_a_compressed_file_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(NotACheckpointError, match=r"a.ckpt.gz: the file is empty"):
+        load(tmp_path / "a.ckpt.gz")
+
+
+def test_a_compressed_file_has_a_bar_of_its_own_name(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.ckpt.gz").write_bytes(gzip.compress(as_bytes({"a": torch.ones(2)})))
+    assert load(tmp_path / "a.ckpt.gz", progress=True)["a"].tolist() == [1, 1]
+    assert capsys.readouterr().err.count("a.ckpt.gz: 100%") >= 2  # as it is read, and unpacked
+
+
+def test_a_certificate_of_the_users(http_server: servers.HTTPServer, tmp_path: Path) -> None:
+    uri = http_server.put("a.ckpt", as_bytes({"a": torch.ones(2)}))
+    (tmp_path / "me.pem").touch()
+    found = load(uri, transport_params={"cert": str(tmp_path / "me.pem")})
+    assert found["a"].tolist() == [1, 1]
+    with pytest.raises(CheckpointError, match=r"certificate.*none.pem"):
+        load(uri, transport_params={"cert": str(tmp_path / "none.pem")}, retries=0)

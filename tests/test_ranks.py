@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 import _anemoi_ckpt.cache
 import _anemoi_ckpt.downloading
+import _anemoi_ckpt.fetching
 import _anemoi_ckpt.ranks
 import anemoi_ckpt
 import needs
@@ -383,6 +384,70 @@ def test_a_strategy_of_one_rank_that_fails(http_server: servers.HTTPServer) -> N
     assert "3: unlikely" in str(first)
 
 
+@pytest.mark.parametrize("error", [KeyError("mine"), TimeoutError("mine"), MemoryError("mine")])
+def test_a_progress_of_one_rank_that_raises(http_server, tmp_path: Path, error: Exception) -> None:
+    """Also where it is told of what the other rank read."""
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    for last in (1, 3_000_000, NEEDED):
+        first_told = []
+
+        def tell(done: int, total: int | None, last: int = last, told: Any = first_told) -> None:
+            if done >= last:
+                told.append(done)
+                raise error
+
+        def one(rank: int, group: Any, tell: Any = tell) -> Any:
+            return load(uri, weights, group=group, progress=tell if rank else None)
+
+        first, second = on_ranks(2, one)
+        assert second is error
+        assert repr(first) == repr(error)
+        assert len(first_told) == 1
+
+        def whole(rank: int, group: Any, tell: Any = tell) -> Any:
+            name = tmp_path / f"{rank}.ckpt"
+            return download(uri, name, group=group, progress=None if rank else tell)
+
+        first, second = on_ranks(2, whole)
+        assert first is error
+        assert repr(second) == repr(error)
+        assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_rank_without_memory_ends_the_others(http_server, monkeypatch) -> None:
+    uri = http_server.put("last.ckpt", as_bytes(CHECKPOINT))
+    allotted, lock = _anemoi_ckpt.fetching._allotted, threading.Lock()
+
+    def allot(*args: Any) -> Any:
+        if lock.acquire(blocking=False):
+            raise MemoryError("there is none")
+        return allotted(*args)
+
+    monkeypatch.setattr("_anemoi_ckpt.fetching._allotted", allot)
+    (said,) = raised(3, lambda rank, group: load(uri, group=group))
+    assert said == "MemoryError('there is none')"
+
+
+def test_a_checkpoint_in_memory_is_refused_by_all_ranks() -> None:
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)]
+    (said,) = raised(2, lambda rank, group: load_into(models[rank], state, group=group))
+    assert said.startswith("MismatchError")
+
+    def fail(checkpoint: Any) -> Any:
+        raise OSError("mine")
+
+    def one(rank: int, group: Any) -> Any:
+        return load_into(models[0], state, *[fail][: rank == 1], group=group)
+
+    assert raised(2, one) == {"OSError('mine')"}
+    assert not torch.equal(models[0].weight, torch.ones(2, 2))
+    ends = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    reports = on_ranks(2, lambda rank, group: load_into(ends[rank], state, group=group))
+    assert [each.loaded for each in reports] == [("weight", "bias")] * 2
+    assert all(torch.equal(each.weight, torch.ones(2, 2)) for each in ends)
+
+
 def test_a_model_that_differs_on_one_rank(http_server: servers.HTTPServer) -> None:
     uri = http_server.put(
         "last.ckpt", as_bytes({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
@@ -464,16 +529,24 @@ def test_an_interrupt_of_the_first_rank_ends_the_others(tmp_path: Path) -> None:
     assert type(second) is UnreachableError
 
 
-def test_a_model_that_refuses_on_one_rank_leaves_all_as_they_were(http_server) -> None:
+class RefusedError(Exception):
+    """A model's own."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not here"), RefusedError("not here")])
+def test_a_model_that_refuses_on_one_rank_leaves_all_as_they_were(http_server, error) -> None:
     class Refusing(torch.nn.Linear):
         def _load_from_state_dict(self, *args: Any) -> None:
-            raise RuntimeError("not here")
+            raise error
 
     uri = http_server.put("last.ckpt", as_bytes(torch.nn.Linear(2, 2).state_dict()))
     models = [torch.nn.Linear(2, 2), Refusing(2, 2), torch.nn.Linear(2, 2)]
     before = [model.weight.clone() for model in models]
-    (said,) = raised(3, lambda rank, group: load_into(models[rank], uri, group=group))
-    assert "the model refused it (RuntimeError: not here)" in said
+    results = on_ranks(3, lambda rank, group: load_into(models[rank], uri, group=group))
+    for result in results:
+        assert isinstance(result, type(error))
+        assert "not here" in str(result)
+        assert isinstance(result, MismatchError) == (type(error) is RuntimeError)
     for model, weight in zip(models, before, strict=True):
         assert torch.equal(model.weight, weight)
 

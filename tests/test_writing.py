@@ -20,6 +20,7 @@ from anemoi_ckpt import (
     InvalidURIError,
     UnreachableError,
     load,
+    metadata,
     open_stream,
     open_writer,
     parse_uri,
@@ -372,3 +373,11 @@ def test_a_store_that_knows_no_checksums(
         assert len(stream.read()) > 0
     refused = [request for request in s3.server.log if request.status == 501]
     assert {request.method for request in refused} == (set() if chosen else {"HEAD"})
+
+
+def test_a_checkpoint_without_metadata_gives_none(tmp_path: Path) -> None:
+    source = save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
+    copied = save({"b": torch.ones(1)}, tmp_path / "b.ckpt", metadata=source)
+    with pytest.raises(CheckpointNotFoundError, match=r"no anemoi.json"):
+        metadata(copied)
+    assert load(copied)["b"].tolist() == [1]

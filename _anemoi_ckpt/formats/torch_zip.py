@@ -19,7 +19,7 @@ from typing import IO, Any, BinaryIO
 
 from torch.serialization import DEFAULT_PROTOCOL, _open_zipfile_writer, _save
 
-from _anemoi_ckpt.errors import CorruptError, NotACheckpointError
+from _anemoi_ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from _anemoi_ckpt.formats import Archive, Record, check, unpickled
 from _anemoi_ckpt.formats.others import what_zip
 from _anemoi_ckpt.pickles.writing import pickling
@@ -33,6 +33,7 @@ _END = struct.Struct("<12xLL2x")  # …, size and offset of the directory, … (
 _WIDE_END = struct.Struct("<4s36xQQ")  # the same of zip64, and its mark (APPNOTE 4.3.14)
 _LOCATOR_BYTES = 20  # between the two (APPNOTE 4.3.15)
 _END_BYTES = 64 * 1024 + 200  # the longest end of an archive, with its comment (APPNOTE 4.3.16)
+_ENCRYPTED = 1  # among a record's flags (APPNOTE 4.4.4)
 _DESCRIPTOR_BYTES = 24  # of the longest: signature, CRC-32, two sizes (APPNOTE 4.3.9)
 
 
@@ -108,14 +109,16 @@ def _place_of_end(file: BinaryIO) -> int:
 
 
 def is_packed(directory: zipfile.ZipFile) -> bool:
-    """Tell whether somebody compressed what torch only stores: all but TorchScript's code."""
-    return any(info.compress_type and "/code/" not in info.filename for info in directory.filelist)
+    """Tell whether somebody packed what torch only stores: all but TorchScript's code."""
+    packed = (i for i in directory.filelist if i.compress_type or i.flag_bits & _ENCRYPTED)
+    return any("/code/" not in info.filename for info in packed)
 
 
 def unpacked(place: object, data: bytes | bytearray) -> bytes:
     """Write an archive that somebody compressed as torch would have stored it.
 
     Raises:
+        NotACheckpointError: it is compressed in a way that torch does not read.
         CorruptError: it cannot be unpacked, or into more than weights can come of (a zip bomb).
     """
     plain = io.BytesIO()
@@ -125,7 +128,7 @@ def unpacked(place: object, data: bytes | bytearray) -> bytes:
             for info in packed.infolist():
                 with stored.open(info.filename, "w") as copy:
                     unpack(packed, info, copy)
-    except (CorruptError, MemoryError):
+    except (CheckpointError, MemoryError):
         raise
     except Exception as err:
         raise CorruptError(
@@ -142,8 +145,13 @@ def unpack(packed: zipfile.ZipFile, info: zipfile.ZipInfo, copy: IO[bytes]) -> N
 def check_claims(place: object, size: int, infos: list[zipfile.ZipInfo]) -> None:
     refuse_bomb(place, size, sum(info.file_size for info in infos))
     # of bzip2 and LZMA, which no checkpoint needs, zipfile unpacks more than it is asked for
-    if any(info.compress_type > zipfile.ZIP_DEFLATED for info in infos):
-        raise CorruptError(place, "it is compressed, and not by deflate", "zip it anew")
+    strange = (i.compress_type > zipfile.ZIP_DEFLATED or i.flag_bits & _ENCRYPTED for i in infos)
+    if any(strange):
+        raise NotACheckpointError(
+            place,
+            "it is compressed, and not by deflate, or encrypted, as no torch reads it",
+            "unzip it, and zip it anew with zip -0",
+        )
 
 
 def read_zip(place: object, file: BinaryIO, directory: zipfile.ZipFile) -> Archive:
