@@ -1396,6 +1396,22 @@ def test_tensors_that_are_copied_without_end_are_refused(
         load(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("with_slots", [False, True])
+def test_states_of_parameters_that_are_copied_without_end_are_refused(
+    with_slots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes = {f"a{n}": n for n in range(2000)}
+    state = (attributes, {}) if with_slots else attributes
+    rebuild = InertGlobal("torch._utils", "_rebuild_parameter_with_state")
+    made = Inert(rebuild, (torch.ones(1), True, collections.OrderedDict(), state))
+    save([made], tmp_path / "a.ckpt")
+    monkeypatch.setattr(costs, "_LEAST", 1_000_000)
+    assert load(tmp_path / "a.ckpt")[0].a1999 == 1999
+    save([Inert(rebuild, made._inert_args) for _ in range(100)], tmp_path / "a.ckpt")
+    with pytest.raises(UnsafeCheckpointError, match="of memory"):
+        load(tmp_path / "a.ckpt")
+
+
 MEMOIZED = {
     "inert": b"cx\ny\nq\x000",
     "deque": b"ccollections\ndeque\nq\x000",
@@ -1478,10 +1494,12 @@ def test_what_checkpoints_are_made_of_is_far_from_too_costly(
         nodes[f"key_{n}"] = node = Inert(InertGlobal("omegaconf.nodes", "AnyNode"), ())
         node._inert_state = {"_val": n, "_parent": None, "_metadata": {"flags": None, "key": n}}
     numbers = [[float(n), n, str(n)] for n in range(300)]
-    for part in (weights, states, nodes, numbers):
+    of_sgd: dict[int, Any] = {n: {} for n in range(300)}
+    modules = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(300)))
+    for part in (weights, states, nodes, numbers, of_sgd, modules):
         torch.save(part, tmp_path / "a.ckpt", pickle_protocol=protocol)
-        monkeypatch.setattr(costs, "_MOST", 44)
-        assert len(load(tmp_path / "a.ckpt")) == 300
+        found = load(tmp_path / "a.ckpt")
+        assert len(found._modules if part is modules else found) == 300
 
 
 def test_an_error_of_what_is_too_costly_names_the_figures(
