@@ -677,6 +677,40 @@ def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
         load(tmp_path / "a.ckpt")
 
 
+_MULTIARRAY, _NDARRAY = "numpy.core.multiarray", InertGlobal("numpy", "ndarray")
+_INTERNAL = "numpy._core._internal"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "args"),
+    [
+        (_MULTIARRAY, "_reconstruct", ("f4",)),
+        (_MULTIARRAY, "_reconstruct", (InertGlobal("some", "Array"), (0,), b"b")),
+        (_MULTIARRAY, "scalar", (_NDARRAY, bytes(4))),
+        (_MULTIARRAY, "scalar", (F4, bytearray(4))),
+        (_MULTIARRAY, "scalar", (np.dtype("O"), bytes(8))),
+        ("numpy", "dtype", (("f4", (2,)),)),
+        ("numpy", "dtype", ("i1,i1", 0, 1)),
+        (_INTERNAL, "_convert_to_stringdtype_kwargs", (1, [])),
+    ],
+)
+def test_what_numpy_would_make_of_odd_arguments_stays_data(
+    module: str, name: str, args: tuple[Any, ...], tmp_path: Path
+) -> None:
+    save({"d": Inert(InertGlobal(module, name), args)}, tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt")["d"].inert_class == f"{module}.{name}"
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="numpy 1 has no such dtype")
+def test_a_dtype_of_strings_takes_no_state(tmp_path: Path) -> None:
+    kind: Any = np.dtypes.StringDType()
+    forged = Inert(InertGlobal(_INTERNAL, "_convert_to_stringdtype_kwargs"), (1,))
+    forged._inert_state = (3, "|", None, None, None, kind.itemsize, kind.alignment, kind.flags)
+    save({"d": forged}, tmp_path / "a.ckpt")
+    with pytest.raises(CorruptError, match="state does not fit"):
+        load(tmp_path / "a.ckpt")
+
+
 def test_a_numpy_dtype_whose_parts_are_text_or_objects(tmp_path: Path) -> None:
     save({"d": forged_dtype("V4", "|", ("f4", (1,)), None, None, 4, 1, 0)}, tmp_path / "a.ckpt")
     with pytest.raises(CorruptError, match="a numpy dtype with a part that is none"):
