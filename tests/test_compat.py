@@ -707,6 +707,7 @@ def test_what_numpy_would_make_of_odd_arguments_stays_data(
         *(((-1, -2), F4, bytes(8)), ((2**62, "x"), F4, bytes(8)), ((2.0,), F4, bytes(8))),
         *(((2,), "f4", bytes(8)), (2, F4, bytes(8)), ((2**62, 4), F4, bytes(8))),
         *(((2,), F4, bytearray(8)), ((2,), F4, [0] * 8)),
+        *(((2,), np.dtype("O"), raw) for raw in ([1], [1, 2, 3], (1, 2))),
     ],
 )
 def test_a_numpy_array_whose_shape_dtype_or_values_lie_is_corrupt(

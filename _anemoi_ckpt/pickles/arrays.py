@@ -103,12 +103,10 @@ def _array_fits(_version: Any, shape: Any, dtype: Any, _order: Any, raw: Any) ->
     if dtype.kind == "T":
         return len(raw) == count and {*map(type, raw)} <= {str, float, _NONE}
     if not dtype.hasobject:
-        return len(raw) == count * dtype.itemsize
-    if type(raw) is not list or len(raw) != count:
-        return False
+        return bool(len(raw) == count * dtype.itemsize)
     if dtype.names is not None:
         raise _UnknownError
-    return True
+    return bool(len(raw) == count)  # which numpy does not compare
 
 
 def _dtype_of_state(obj: Any, *state: Any) -> Any:
