@@ -619,6 +619,7 @@ HOSTILE_DTYPES = {
     "another alignment": ("V8", "|", None, *_COLUMNS, 8, 64, 0x90),
     "said to be objects": ("V8", "|", None, None, None, 8, 1, 0x3F),
     "metadata that are none": ("u1", "|", None, None, None, -1, -1, 0, 3),
+    "a time without its unit": ("M8", "<", None, None, None, -1, -1, 0),
     "another order": ("u2", "?", None, None, None, -1, -1, 0),
 }
 

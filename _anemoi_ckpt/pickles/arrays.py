@@ -128,8 +128,8 @@ def _dtype_of_state(obj: Any, *state: Any) -> Any:
             raise _UnknownError
     # the flags as this numpy has them: before numpy 2, their byte has a sign
     plain = (*state[1:7], truth.__reduce__()[2][7])
-    if truth.kind in "mM" and extra:
-        if extra[0][0]:  # metadata beside the unit of time
+    if truth.kind in "mM":
+        if extra[0][0]:  # metadata beside the unit of time, which is always there
             raise _UnknownError
         obj.__setstate__((version, *plain, extra[0]))
         return obj
