@@ -280,6 +280,10 @@ def test_what_is_like_a_container_is_walked() -> None:
         assert (found[1], list(found), 2 in found, 3 in found) == (2, [1, 2], True, False)
     assert not inert(collections.UserDict())
     assert inert(Plain())
+    hiding = inert(Plain())
+    hiding._inert_state = {"__array__": 1, "_inert_x": 2, "x": 3}
+    names = ("x", "__array__", "_inert_x")  # of which Python and we look for the others
+    assert [hasattr(hiding, name) for name in names] == [True, False, False]
     with pytest.raises(TypeError, match="holds no dict or list to walk"):
         len(inert(Plain()))
 
@@ -289,6 +293,7 @@ def test_a_configuration_is_walked() -> None:
     found = inert(config)
     assert found.training.lr == found["training"]["lr"] == 0.1
     assert list(found.training.devices) == [1, "x"]
+    assert "x" in found.training.devices
     assert dict(found.training.items())["lr"] == 0.1
     assert found == inert(config)
     assert pickle.loads(rewritten(found, 2)) == config
@@ -319,6 +324,32 @@ def test_inert_objects_compare_and_hash() -> None:
     held = [Inert(InertGlobal("a", "B"), (tensor,)) for tensor in tensors]
     again = [Inert(InertGlobal("a", "B"), (tensor.clone(),)) for tensor in tensors]
     assert [[one == other for other in again] for one in held] == torch.eye(4).bool().tolist()
+
+
+def test_an_inert_object_shows_and_hashes_its_scalars_alone() -> None:
+    name = InertGlobal("a", "B")
+    made = Inert(name, ("x", 2, [3]))
+    assert repr(made) == "<inert a.B: 'x', 2, …>"
+    assert hash(made) == hash(Inert(name, ("x", 2, [4]))) != hash(Inert(name, ("x", 3, [3])))
+
+
+class Text(str):
+    """Pickled as a new object of a text."""
+
+    __slots__ = ()
+
+
+class OfList:
+    """Hashed by identity, and pickled as a call with a number and a list."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OfList, (1, [2])
+
+
+def test_an_inert_key_is_a_value_where_it_is_made_of_scalars_alone() -> None:
+    for protocol in (2, 4):
+        assert read(pickle.dumps({Text("a"): 1}, protocol))[inert(Text("a"))] == 1
+        assert len(read(pickle.dumps({OfList(): 1, OfList(): 2}, protocol))) == 2
 
 
 def test_inert_keys_are_told_apart_as_their_class_does() -> None:
@@ -449,6 +480,7 @@ def test_compiled_and_traced_parts_of_a_module_give_their_weights(tmp_path: Path
     origin = net.compiled._orig_mod[0]
     assert torch.equal(getattr(whole.compiled._orig_mod, "0").weight, origin.weight)
     assert peek(tmp_path / "a").tensors[2].name == "compiled._orig_mod.0.weight"
+    assert (hasattr(whole, "state_dict"), hasattr(whole, "forward")) == (True, False)
     torch.save(net.compiled, tmp_path / "b")
     assert_same(dict(load(tmp_path / "b", weights)), dict(net.compiled.state_dict()))
     other = Parts()
@@ -640,6 +672,10 @@ def raising(*_args: Any) -> Any:
     raise LookupError("never")
 
 
+def decoding(*_args: Any) -> Any:
+    return b"\xff".decode()
+
+
 def raising_items() -> Any:
     return dict.__new__(RaisingItems)
 
@@ -663,6 +699,25 @@ def test_what_trusted_code_raises_is_told_and_the_file_is_not_called_corrupt(
             assert isinstance(caught.value.__cause__.__cause__, LookupError)  # type: ignore[union-attr] # it has one
             assert HERE.partition(".")[0] in str(caught.value)
         assert load(tmp_path / "a")["w"].tolist() == [1, 1]
+
+
+class FloatStorage:
+    """Of the name of one of torch's."""
+
+
+def test_trusted_classes_are_known_by_their_module_and_missing_ones_told(tmp_path: Path) -> None:
+    torch.save(FloatStorage(), tmp_path / "a")
+    assert type(load(tmp_path / "a", trust=True)) is FloatStorage
+    (tmp_path / "a").write_bytes(archived(b"\x80\x02ctorch\nno_such_thing\n."))
+    with pytest.raises(CheckpointError, match=r"torch\.no_such_thing, which cannot be imported"):
+        load(tmp_path / "a", trust=True)
+
+
+def test_text_that_trusted_code_cannot_decode_is_none_of_the_pickle(tmp_path: Path) -> None:
+    torch.save(ReduceEx(decoding, (1,)), tmp_path / "a")
+    for trust in (True, [decoding]):
+        with pytest.raises(CheckpointError, match=r"trusted code .*UnicodeDecodeError"):
+            load(tmp_path / "a", trust=trust)
 
 
 def test_what_trusted_classes_in_c_raise_is_told_as_well(tmp_path: Path) -> None:
