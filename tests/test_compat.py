@@ -684,6 +684,7 @@ HOSTILE_DTYPES = {
     "another alignment": ("V8", "|", None, *_COLUMNS, 8, 64, 0x90),
     "said to be objects": ("V8", "|", None, None, None, 8, 1, 0x3F),
     "metadata that are none": ("u1", "|", None, None, None, -1, -1, 0, 3),
+    "a time without its unit": ("M8", "<", None, None, None, -1, -1, 0),
     "another order": ("u2", "?", None, None, None, -1, -1, 0),
 }
 
@@ -740,6 +741,62 @@ def test_a_numpy_dtype_that_lies_is_corrupt(tmp_path: Path, lie: str) -> None:
     save({"d": forged_dtype(*HOSTILE_DTYPES[lie])}, tmp_path / "a.ckpt")
     with pytest.raises(CorruptError):
         load(tmp_path / "a.ckpt")
+
+
+_MULTIARRAY, _NDARRAY = "numpy.core.multiarray", InertGlobal("numpy", "ndarray")
+_INTERNAL = "numpy._core._internal"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "args"),
+    [
+        (_MULTIARRAY, "_reconstruct", ("f4",)),
+        (_MULTIARRAY, "_reconstruct", (InertGlobal("some", "Array"), (0,), b"b")),
+        (_MULTIARRAY, "scalar", (_NDARRAY, bytes(4))),
+        (_MULTIARRAY, "scalar", (F4, bytearray(4))),
+        (_MULTIARRAY, "scalar", (np.dtype("O"), bytes(8))),
+        ("numpy", "dtype", (("f4", (2,)),)),
+        ("numpy", "dtype", ("i1,i1", 0, 1)),
+        (_INTERNAL, "_convert_to_stringdtype_kwargs", (1, [])),
+    ],
+)
+def test_what_numpy_would_make_of_odd_arguments_stays_data(
+    module: str, name: str, args: tuple[Any, ...], tmp_path: Path
+) -> None:
+    save({"d": Inert(InertGlobal(module, name), args)}, tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt")["d"].inert_class == f"{module}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "raw"),
+    [
+        *(((-1, -2), F4, bytes(8)), ((2**62, "x"), F4, bytes(8)), ((2.0,), F4, bytes(8))),
+        *(((2,), "f4", bytes(8)), (2, F4, bytes(8)), ((2**62, 4), F4, bytes(8))),
+        *(((2,), F4, bytearray(8)), ((2,), F4, [0] * 8)),
+        *(((2,), np.dtype("O"), raw) for raw in ([1], [1, 2, 3], (1, 2))),
+    ],
+)
+def test_a_numpy_array_whose_shape_dtype_or_values_lie_is_corrupt(
+    shape: Any, dtype: Any, raw: Any, tmp_path: Path
+) -> None:
+    forged = Inert(InertGlobal(_MULTIARRAY, "_reconstruct"), (_NDARRAY, (0,), b"b"))
+    forged._inert_state = (1, shape, dtype, False, raw)
+    save({"a": forged}, tmp_path / "a.ckpt")
+    with pytest.raises(CorruptError):
+        load(tmp_path / "a.ckpt")
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="numpy 1 has no such dtype")
+def test_a_dtype_of_strings_takes_no_state_and_an_array_of_them_texts_alone(tmp_path: Path) -> None:
+    kind: Any = np.dtypes.StringDType()
+    forged = Inert(InertGlobal(_INTERNAL, "_convert_to_stringdtype_kwargs"), (1,))
+    forged._inert_state = (3, "|", None, None, None, kind.itemsize, kind.alignment, kind.flags)
+    array = Inert(InertGlobal(_MULTIARRAY, "_reconstruct"), (_NDARRAY, (0,), b"b"))
+    array._inert_state = (1, (1,), kind, False, [[1, 2]])  # made texts of, lists have no end
+    for held in (forged, array):
+        save({"d": held}, tmp_path / "a.ckpt")
+        with pytest.raises(CorruptError, match="state does not fit"):
+            load(tmp_path / "a.ckpt")
 
 
 def test_a_numpy_dtype_whose_parts_are_text_or_objects(tmp_path: Path) -> None:

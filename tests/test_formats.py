@@ -258,6 +258,13 @@ def test_the_tar_of_torch_0_1(tmp_path: Path) -> None:
     assert (contents.format, contents.torch, len(contents.tensors)) == ("torch 0.1 tar", "0.1", 3)
 
 
+def test_a_module_in_a_tar_of_torch_0_1_has_its_source_beside_it(tmp_path: Path) -> None:
+    with_source = pickles({"module": Id((nn.Identity, "identity.py", "class Identity")), "n": 3})
+    path = tarred(tmp_path / "a.ckpt", pickle=with_source)
+    assert load(path)["module"].full_name == "torch.nn.modules.linear.Identity"
+    assert load(path, trust=True) == {"module": nn.Identity, "n": 3}
+
+
 @pytest.mark.filterwarnings("ignore:TypedStorage")
 @pytest.mark.parametrize(
     ("member", "data"),
@@ -298,6 +305,13 @@ def test_a_tar_of_others_or_with_headers_that_lie(tmp_path: Path) -> None:
         tar.add(tmp_path / "b.ckpt", "b.txt")
     with pytest.raises(NotACheckpointError, match=r"a tar archive, and not one of torch 0\.1"):
         load(path)
+    with tarfile.open(path, "w") as tar:  # a link has no bytes, and what is empty is sound
+        for name, kind in (("last.ckpt", tarfile.SYMTYPE), ("empty", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "epoch=3.ckpt"
+            tar.addfile(info)
+    with pytest.raises(NotACheckpointError, match=r"a tar archive, and not one of torch 0\.1"):
+        load(path)
     whole = (tmp_path / "b.ckpt").read_bytes()
     first = whole.index(b"sys_info\0")
     for size in (b"77777777777", b"-0000000001", b"xxxxxxxxxxx"):
@@ -330,6 +344,14 @@ def test_a_legacy_file_of_all_kinds_of_tensors(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "a.ckpt"), of_torch(legacy(checkpoint)))
     only = load(tmp_path / "a.ckpt", lambda c: c["state_dict"]["transposed"])
     assert torch.equal(only, checkpoint["state_dict"]["transposed"])
+
+
+def test_a_legacy_file_whose_tensors_share_a_storage_that_is_most_of_it(tmp_path: Path) -> None:
+    values = torch.arange(1000.0)
+    (tmp_path / "a.ckpt").write_bytes(legacy([values[n:] for n in range(9)]))
+    found = load(tmp_path / "a.ckpt")
+    assert [each[0].item() for each in found] == [*range(9)]
+    assert {each.untyped_storage().data_ptr() for each in found} == {found[0].data_ptr()}
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor")

@@ -8,7 +8,6 @@ behind the count of its elements in eight bytes.
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 from typing import Any, BinaryIO
 
@@ -30,7 +29,6 @@ from _anemoi_ckpt.pickles.safe import BLANK
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _COUNT_BYTES = 8
-_WITH_VIEW = 6  # parts of a persistent id: "storage", type, key, location, count, view
 
 
 def read_legacy(place: object, file: BinaryIO, size: int) -> Archive:
@@ -109,17 +107,6 @@ class Within:
         """Read as many bytes, or what is left."""
         return self._file.read(min(count, self._end - self._file.tell()))
 
-    def skip(self, count: int) -> None:
-        """Leave as many bytes out.
-
-        Raises:
-            ValueError: there are less.
-        """
-        start = self._file.tell()
-        if start + count > self._end:
-            raise ValueError(f"{count} bytes from byte {start} on, of which {self._end} is the end")
-        self._file.seek(count, io.SEEK_CUR)
-
 
 def no_storage(pid: Any) -> Any:
     """Stand for what gives storages where a pickle has none.
@@ -136,8 +123,8 @@ def _assembled(pickled: bytes, storage_of: StorageOf, trust: Trust, names: Names
 
 def _viewed(storage_of: StorageOf, pid: Any) -> Any:
     """Give a storage, or the part of one that a persistent id of torch before 0.4 asks for."""
-    is_storage = type(pid) is tuple and len(pid) == _WITH_VIEW and type(pid[-1]) is tuple
-    if not is_storage or not pid[-1]:
+    *whole, view = pid  # of a module, the last is its source
+    if type(view) is not tuple:
         return storage_of(pid)
-    _key, first, count = pid[-1]
-    return StorageView(storage_of((*pid[:-1], None)), first, count)
+    _key, first, count = view
+    return StorageView(storage_of((*whole, None)), first, count)

@@ -101,8 +101,8 @@ def read_safetensors(place: object, file: BinaryIO, size: int) -> Archive:
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name in _DTYPES and name not in DTYPES:
-        raise MissingDtypeError(_DTYPES[name])
+    if name not in DTYPES:
+        raise MissingDtypeError(_DTYPES[name])  # a KeyError where the name is none at all
     return DTYPES[name]
 
 

@@ -23,7 +23,7 @@ from _anemoi_ckpt.pickles.reading import StorageOf, Trust, unpickle
 from _anemoi_ckpt.pickles.rebuilds import CHECKED, StorageView
 
 _BLOCK_BYTES = 512  # of a header; a member's bytes are filled up to a multiple of it (POSIX ustar)
-_HEADER = struct.Struct("<100s24x12s20xc100x6s")  # name, …, size as octal digits, …, type, …, mark
+_HEADER = struct.Struct("<100s24x12s20xc")  # name, …, size as octal digits, …, type
 _MARK_OFFSET = 257
 _MEMBERS = {"sys_info", "pickle", "tensors", "storages"}
 _COUNT = struct.Struct("<q")
@@ -73,11 +73,8 @@ def _extents(file: BinaryIO, size: int) -> dict[str, range]:
     """Give where in the file each member's bytes are, by its name."""
     found = {}
     start = 0
-    while start + _BLOCK_BYTES <= size:
-        file.seek(start)
-        name, digits, kind, mark = _HEADER.unpack_from(file.read(_BLOCK_BYTES))
-        if not mark.startswith(b"ustar"):  # two blocks of zeros end the archive
-            break
+    while looks_like_tar(header := file.read(_BLOCK_BYTES)):  # two blocks of zeros end the archive
+        name, digits, kind = _HEADER.unpack_from(header)
         start += _BLOCK_BYTES
         length = int(digits.strip(b"\0 "), 8)
         if length < 0 or start + length > size:
@@ -85,6 +82,7 @@ def _extents(file: BinaryIO, size: int) -> dict[str, range]:
         if kind in b"0\0":  # a file: others tell of the next one what is not needed
             found[name.rstrip(b"\0").decode("utf-8", "replace")] = range(start, start + length)
         start += -(-length // _BLOCK_BYTES) * _BLOCK_BYTES
+        file.seek(start)
     return found
 
 
@@ -98,7 +96,7 @@ def _read_storages(stored: Any, file: BinaryIO) -> tuple[_Objects, dict[str, Rec
         pid = ("storage", kind, str(int(key)), location, count, None)
         dtype, name, _ = storage_id(pid)
         start, length = file.tell(), count * dtype.itemsize
-        stored.skip(length)
+        file.seek(start + length)  # where that is too far, no list of views follows
         ids[int(key)] = pid
         records[name] = Record(f"storage {name}", start, start, length, None)
     for key, root, first, count in unpickle(stored, no_storage, trust={}):

@@ -94,20 +94,19 @@ def _inert(obj: Any, state: Any) -> Inert:
 
 
 def _array_fits(_version: Any, shape: Any, dtype: Any, _order: Any, raw: Any) -> bool:
+    """Tell whether there are as many values as a shape says; numpy checks the types of the rest."""
     if isinstance(dtype, Inert):
         raise _UnknownError
-    if not isinstance(dtype, np.dtype) or not all(type(n) is int and n >= 0 for n in shape):
+    if not all(type(n) is int for n in shape):  # a text could be multiplied without end
         return False
     count = math.prod(shape)
     if dtype.kind == "T":
         return len(raw) == count and {*map(type, raw)} <= {str, float, _NONE}
     if not dtype.hasobject:
-        return type(raw) is bytes and len(raw) == count * dtype.itemsize
-    if type(raw) is not list or len(raw) != count:
-        return False
+        return bool(len(raw) == count * dtype.itemsize)
     if dtype.names is not None:
         raise _UnknownError
-    return True
+    return bool(len(raw) == count)  # which numpy does not compare
 
 
 def _dtype_of_state(obj: Any, *state: Any) -> Any:
@@ -129,8 +128,8 @@ def _dtype_of_state(obj: Any, *state: Any) -> Any:
             raise _UnknownError
     # the flags as this numpy has them: before numpy 2, their byte has a sign
     plain = (*state[1:7], truth.__reduce__()[2][7])
-    if truth.kind in "mM" and extra:
-        if extra[0][0]:  # metadata beside the unit of time
+    if truth.kind in "mM":
+        if extra[0][0]:  # metadata beside the unit of time, which is always there
             raise _UnknownError
         obj.__setstate__((version, *plain, extra[0]))
         return obj

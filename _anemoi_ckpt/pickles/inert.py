@@ -143,7 +143,7 @@ class Inert:
 
     def __eq__(self, other: object) -> bool:
         """Compare data; a key of a pickled dict or set by identity, for its class told it apart."""
-        return self is other or (isinstance(other, Inert) and _same(self, other))
+        return _same(self, other)
 
     def __hash__(self) -> int:
         """Hash what equal ones have in common and nothing can change: an Enum's value, say."""

@@ -473,11 +473,13 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         if not (issubclass(kind, Inert) or kind in ITEM_TYPES or self._is_trusted(kind)):
             raise pickle.UnpicklingError(f"items set on a {type(target).__name__}")
         pairs = target._inert_pairs if isinstance(target, Inert) else target
+        keys, values = items[::2], items[1::2]
         with _running(items) if self._is_trusted(kind) else nullcontext():
-            self.costs.count_items(len(items) // 2)
-            self.costs.check_keys(pairs, items[::2])
-            for key, value in zip(items[::2], items[1::2], strict=True):
+            reserved = self.costs.reserve(pairs, keys)
+            self.costs.check_keys(pairs, keys)
+            for key, value in zip(keys, values, strict=True):
                 pairs[key] = value
+            self.costs.settle(pairs, reserved)
         if isinstance(target, Inert):
             become_mapping(target)
 
@@ -497,9 +499,10 @@ class _Machine(_PYTHON_MACHINE):  # type: ignore[misc] # see above
         items, target = self.pop_mark(), self.stack[-1]
         if type(target) is not set:
             raise pickle.UnpicklingError(f"items added to a {type(target).__name__}")
-        self.costs.count_items(len(items))
+        reserved = self.costs.reserve(target, items)
         self.costs.check_keys(target, items)
         target.update(items)
+        self.costs.settle(target, reserved)
 
     def _make_frozenset(self) -> None:
         items = self.pop_mark()
