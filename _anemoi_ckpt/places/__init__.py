@@ -463,6 +463,11 @@ class Buffers:
 class UnrangedError(Exception):
     """The place cannot give a part of an object: take it whole."""
 
+    def __init__(self, name: str | None = None) -> None:
+        """Take what a copy is to be called, if the place tells."""
+        super().__init__(name)
+        self.name = name
+
 
 class NoSuffixError(UnrangedError):
     """The place cannot give the end of an object of a size that is not known: ask by offset."""

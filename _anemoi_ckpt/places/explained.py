@@ -9,9 +9,11 @@ from __future__ import annotations
 import email.utils
 import functools
 import json
+import re
 import ssl
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,8 +126,18 @@ def _is_replaced(said: _Complaint) -> bool:
 
 
 def _lacks_bucket(said: _Complaint) -> bool:
+    if said.code in _NO_BUCKET:
+        return True
     text = str(said.err).lower()
-    return said.code in _NO_BUCKET or (said.status == 404 and "bucket does not exist" in text)  # noqa: PLR2004 - as Google says it
+    return said.status == 404 and ("bucket does not exist" in text or _names_bucket(said.err))  # noqa: PLR2004 - the first as Google says it
+
+
+def _names_bucket(err: Any) -> bool:
+    """Tell whether GCS was asked for a listing or a new upload, whose URLs name no object."""
+    request = getattr(getattr(err, "response", None), "request", None)
+    path = urllib.parse.urlsplit(str(getattr(request, "url", ""))).path
+    is_first = getattr(request, "method", "") in {"GET", "POST"}  # parts of an upload are PUT
+    return is_first and re.fullmatch(r"(/upload)?/storage/v1/b/[^/]+/o", path) is not None
 
 
 def _is_missing(said: _Complaint) -> bool:

@@ -301,7 +301,7 @@ def read_http_range(
         extent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         partial = response.status_code == 206 and extent  # noqa: PLR2004 - Partial Content
         if not partial or _codings(response):
-            raise NoSuffixError if offset < 0 else UnrangedError
+            raise NoSuffixError if offset < 0 else UnrangedError(_name(response))
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError
         size = int(partial[3])
