@@ -36,7 +36,7 @@ from _anemoi_ckpt.transport import Transport, locate, log
 
 _SIGNING = re.compile(
     r"(?i)X-(?:Amz|Goog)-.*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id"
-    r"|.*token|.*password|api_?key"
+    r"|delegation|.*token|.*password|api_?key"
 )
 _SAS = re.compile(r"s[veprst]|sig|sip|spr|srt|sdd|sk\w+|saoid|suoid|scid|ses")  # Azure's
 
