@@ -321,12 +321,15 @@ _EXCHANGES = ("request", "response", "_response")
 def without_secrets(err: BaseException) -> BaseException:
     """Give the error back, or its redacted text if it or one of its causes shows a secret.
 
-    The requests and responses that it and its causes hold are taken from them.
+    The requests and responses that it and its causes hold are taken from them, and what gives
+    access is cut out of their texts, such as the URL that urllib3's keep.
     """
     if any(redact(str(link)) != str(link) for link in links(err)):
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
     for link in links(err):
-        for name in vars(link).keys() & _EXCHANGES:
-            if not isinstance(vars(link)[name], dict):  # botocore's has the answer's headers alone
-                vars(link)[name] = None
+        for name, value in vars(link).items():
+            if isinstance(value, str):
+                vars(link)[name] = redact(value)
+            elif name in _EXCHANGES and not isinstance(value, dict):
+                vars(link)[name] = None  # botocore's, a dict, has the answer's headers alone
     return err
