@@ -1,8 +1,11 @@
 """Files on FTP servers, and in Hadoop's file system by its program and by HTTP."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
+import ssl
 import threading
 import traceback
 import urllib.parse
@@ -44,6 +47,7 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
+from test_lasting import certificate
 from test_secrets import told, ways
 
 CHECKPOINT = {"w": torch.arange(60_000.0), "optimizer_states": torch.ones(60_000), "epoch": 3}
@@ -135,7 +139,7 @@ class FTPServer:
             use_sendfile = False
 
             def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-                reply = running.replies.get(cmd)
+                reply = running.replies.get(f"{cmd} {arg}", running.replies.get(cmd))
                 if reply is None:
                     super().pre_process_command(line, cmd, arg)
                 else:
@@ -217,6 +221,7 @@ def test_a_file_on_an_ftp_server_that_is_replaced(ftp: FTPServer) -> None:
         ({}, CheckpointNotFoundError, "there is no such file"),
         ({"SIZE": "550 Permission denied."}, AccessDeniedError, "access is denied"),
         ({"USER": "530 no"}, AccessDeniedError, "give user and password"),
+        ({"USER": "530 the maximum of clients is there"}, UnreachableError, "try again later"),
         ({"TYPE": "500 no"}, CheckpointError, "the server refuses"),
         ({"SIZE": "553 no"}, CheckpointError, "the server refuses .553 no.; is the folder there"),
         ({"SIZE": "450 No such file"}, CheckpointNotFoundError, "there is no such file"),
@@ -253,24 +258,78 @@ def test_an_ftp_server_that_is_not_there_or_knows_no_tls(ftp: FTPServer) -> None
         load(f"{ftp.url}/a.ckpt", transport_params={"encodin": "latin-1"})
 
 
-def test_tls_is_asked_for_before_the_login(ftp: FTPServer, monkeypatch) -> None:
-    """And for the files, too; a certificate that nobody knows is refused."""
-    said: list[str] = []
+class TLSServer:
+    """An FTP server that wants TLS, and each transfer in the session of the commands (RFC 4217)."""
 
-    class TLS(_anemoi_ckpt.places.ftp.ftplib.FTP_TLS):
-        def auth(self) -> str:
-            said.append("auth")
-            return ""
+    def __init__(self, certificate: Path, data: bytes) -> None:
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate)
+        self.data, self.said = data, list[str]()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
 
-        def prot_p(self) -> str:
-            said.append("prot_p")
-            return ""
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted = self.listener.accept()[0]
+                threading.Thread(target=self._answer, args=(accepted,), daemon=True).start()
 
-    monkeypatch.setattr(_anemoi_ckpt.places.ftp.ftplib, "FTP_TLS", TLS)
-    monkeypatch.setattr(TLS, "ntransfercmd", _anemoi_ckpt.places.ftp.ftplib.FTP.ntransfercmd)
-    uri = f"{ftp.url.replace('ftp:', 'ftps:')}/run/a%20b.ckpt"
-    assert read_version(parse_uri(uri)).size == len(DATA)
-    assert said == ["auth", "prot_p"]
+    def _answer(self, control: socket.socket) -> None:
+        passive, start = socket.create_server(("127.0.0.1", 0)), 0
+        port = passive.getsockname()[1]
+        replies = {"AUTH": "234 go on", "USER": "331 and?", "PASS": "230 in", "REST": "350 and?"}
+        replies |= {"SIZE": f"213 {len(self.data)}", "MDTM": "213 2024", "RETR": "150 it comes"}
+        replies["PASV"] = f"227 at (127,0,0,1,{port // 256},{port % 256})"
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(passive.close)
+            stack.callback(control.close)
+            control.sendall(b"220 hello\r\n")
+            while line := self._line(control):
+                verb, _, told = line.partition(" ")
+                self.said.append(verb)
+                control.sendall(f"{replies.get(verb, '200 yes')}\r\n".encode())
+                if verb == "AUTH":
+                    control = self.context.wrap_socket(control, server_side=True)
+                    stack.callback(control.close)
+                start = int(told) if verb == "REST" else start
+                if verb == "RETR":
+                    ending = self._send(passive.accept()[0], start)
+                    control.sendall(ending + b"\r\n")
+
+    def _send(self, accepted: socket.socket, start: int) -> bytes:
+        with self.context.wrap_socket(accepted, server_side=True) as data:
+            if not data.session_reused:
+                return b"522 another session"
+            data.sendall(self.data[start:])
+        return b"226 that was all"
+
+    @staticmethod
+    def _line(control: socket.socket) -> str:
+        line = b""
+        while not line.endswith(b"\r\n"):
+            byte = control.recv(1)
+            if not byte:
+                return ""
+            line += byte
+        return line.decode().strip()
+
+
+def test_files_are_read_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login, too; and a certificate that nobody knows is refused at once."""
+    pem = certificate(tmp_path)
+    server = TLSServer(pem, DATA)
+    uri = f"ftps://me:hunter2@127.0.0.1:{server.port}/a.ckpt"
+    with pytest.raises(UnreachableError, match="certificate is not trusted"):
+        load(uri)
+    assert set(server.said) == {"AUTH"}
+    server.said.clear()
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    with open_stream(uri) as stream:
+        assert stream.read() == DATA
+    assert server.said[:6] == ["AUTH", "USER", "PASS", "PBSZ", "PROT", "TYPE"]
+    assert_same(load(uri, lambda checkpoint: checkpoint["w"]), CHECKPOINT["w"])
+    server.listener.close()
 
 
 def test_files_are_saved_on_an_ftp_server(ftp: FTPServer) -> None:
@@ -289,6 +348,17 @@ def test_files_are_saved_on_an_ftp_server(ftp: FTPServer) -> None:
     with pytest.raises(CheckpointError):
         save(changed, f"{ftp.url}/none/a.ckpt", retries=1)
     assert_same(torch.load(folder / "a b.ckpt"), CHECKPOINT)
+
+
+def test_a_folder_on_an_ftp_server_that_vanishes_meanwhile(ftp: FTPServer) -> None:
+    fill(ftp.folder / "run")
+    deep = "CWD /run/deep"
+    ftp.replies = {deep: "550 No such directory."}
+    every = list_objects(f"{ftp.url}/run", recursive=True)
+    assert [each.uri.filename for each in every] == ["a b.ckpt", "é.ckpt"]
+    ftp.replies = {deep: "550 Permission denied."}
+    with pytest.raises(AccessDeniedError):
+        list_objects(f"{ftp.url}/run", recursive=True)
 
 
 NO_MLSD = {"MLSD": "502 unknown", "OPTS": "501 unknown", "MLST": "500 unknown"}
@@ -528,7 +598,7 @@ class NameNode(servers.Server):
     def __init__(self) -> None:
         super().__init__()
         self.files: dict[str, bytes] = {}
-        self.overwrites = True
+        self.overwrites = self.redirects = self.ranges = True
         self.time = 1_000
 
     def answer(self, request: servers.Request, fault: servers.Fault) -> servers.Reply:
@@ -536,7 +606,7 @@ class NameNode(servers.Server):
         path = urllib.parse.unquote(request.path.removeprefix("/webhdfs/v1"))
         if query.get("user.name", "me") != "me":
             return servers.error_reply("http", 403)
-        if query["op"] in ("OPEN", "CREATE", "APPEND") and "data" not in query:
+        if query["op"] in ("OPEN", "CREATE", "APPEND") and "data" not in query and self.redirects:
             location = f"{self.url}{request.target}&data=1"
             return servers.Reply(307, servers._headers({"Location": location}))
         told: Any = getattr(self, query["op"].lower())(path, query, request.body)
@@ -550,6 +620,7 @@ class NameNode(servers.Server):
 
     def open(self, path: str, query: Any, body: bytes) -> Any:
         start, length = int(query.get("offset", 0)), int(query.get("length", 2**40))
+        start, length = (start, length) if self.ranges else (0, 2**40)
         return self.files[path][start : start + length] if path in self.files else None
 
     def getfilestatus(self, path: str, query: Any, body: bytes) -> Any:
@@ -661,6 +732,42 @@ def test_a_folder_behind_a_name_node_is_listed(node: NameNode) -> None:
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
     with pytest.raises(CheckpointNotFoundError):
         list_objects(f"{base}/none")
+
+
+def test_a_folder_behind_a_name_node_that_vanishes_meanwhile(node: NameNode) -> None:
+    node.files["/run/deep/c.ckpt"] = DATA
+    node.fault = lambda request: servers.Fault(status=404) if "deep" in request.path else None
+    every = list_objects(at(node).rpartition("/")[0], recursive=True)
+    assert [each.uri.filename for each in every] == ["a b.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("StandbyException", UnreachableError, "gives nothing now .READ is not for you.; name"),
+        ("AccessControlException", AccessDeniedError, "403.*: READ is not for you; give the user"),
+    ],
+)
+def test_what_a_name_node_says(node: NameNode, name: str, error: Any, said: str) -> None:
+    told = {"exception": name, "message": "READ is not for you\nat org.apache.hadoop"}
+    body = json.dumps({"RemoteException": told}).encode()
+    node.fault = lambda request: servers.Fault(status=403, body=body)
+    with pytest.raises(error, match=said) as caught:
+        load(at(node), retries=0)
+    assert "apache" not in str(caught.value)
+    with pytest.raises(error, match=said):
+        save({}, at(node), retries=0)
+    node.fault = lambda request: servers.Fault(status=404, body=b"[]")
+    with pytest.raises(CheckpointNotFoundError):
+        load(at(node), retries=0)
+
+
+def test_a_server_that_is_no_name_node(node: NameNode) -> None:
+    node.redirects = False
+    with pytest.raises(CheckpointError, match="names no data node"):
+        save({}, at(node), retries=0)
+    node.ranges = False
+    assert_same(load(at(node)), CHECKPOINT)
 
 
 def test_files_are_removed_through_a_name_node(node: NameNode) -> None:

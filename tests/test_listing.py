@@ -132,6 +132,24 @@ def test_links_in_a_circle_are_not_followed(tmp_path: Path) -> None:
     assert names(list_objects(folder, recursive=True)) == ["last.ckpt"]
 
 
+def test_a_folder_that_vanishes_meanwhile_is_left_out(tmp_path: Path, monkeypatch) -> None:
+    for name in ("deep", "other"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "a.ckpt").write_bytes(DATA)
+    scandir = os.scandir
+
+    def vanishing(path: str) -> object:
+        if path.endswith("deep/"):
+            Path(path, "a.ckpt").unlink()
+            Path(path).rmdir()
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", vanishing)
+        every = list_objects(tmp_path / "run", recursive=True)
+    assert names(every) == ["other/a.ckpt"]
+
+
 def test_places_that_list_nothing(http_server: servers.HTTPServer) -> None:
     with pytest.raises(InvalidURIError, match="HTTPURI does not tell what is in it"):
         list_objects(http_server.url)

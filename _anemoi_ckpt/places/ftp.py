@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 from attrs import field, frozen
 
@@ -91,6 +91,15 @@ for _scheme in ("ftp", "ftps"):
 # ── client ────────────────────────────────────────────────────────────────────────────────────
 
 
+class _FTPS(ftplib.FTP_TLS):
+    """Transfers in the TLS session of the commands, as many servers want it: vsftpd, FileZilla."""
+
+    def ntransfercmd(self, cmd: str, rest: int | str | None = None) -> tuple[Any, int | None]:
+        data, size = ftplib.FTP.ntransfercmd(self, cmd, rest)  # noqa: S321 - TLS follows
+        session = cast("ssl.SSLSocket", self.sock).session
+        return self.context.wrap_socket(data, server_hostname=self.host, session=session), size
+
+
 @contextmanager
 def _connected(uri: FTPURI, params: Params) -> Iterator[ftplib.FTP]:
     """Log in: a connection has one transfer at a time, and servers end those that do nothing."""
@@ -99,20 +108,22 @@ def _connected(uri: FTPURI, params: Params) -> Iterator[ftplib.FTP]:
     is_secure = uri.text.lower().startswith("ftps:")
     with explained(uri), ExitStack() as stack:
         if is_secure:
-            ftp: ftplib.FTP = ftplib.FTP_TLS(context=ssl.create_default_context(), **options)  # noqa: S321 - what the URL says
+            ftp: ftplib.FTP = _FTPS(context=ssl.create_default_context(), **options)
         else:
             ftp = ftplib.FTP(**options)  # noqa: S321 - likewise
         stack.enter_context(closing(ftp))
         ftp.connect(uri.host, uri.port or ftplib.FTP_PORT)
         register(ftp.sock)
         ftp.login(uri.user or "anonymous", uri.password or "")
-        if isinstance(ftp, ftplib.FTP_TLS):
+        if isinstance(ftp, _FTPS):
             ftp.prot_p()
         ftp.voidcmd("TYPE I")
         yield ftp
 
 
 _LOGIN = {"530", "532"}  # replies (RFC 959 4.2)
+_DENIED = re.compile("denied|permi", re.IGNORECASE)
+_CROWDED = re.compile("too many|maximum|no more", re.IGNORECASE)  # also with 530, by ProFTPD, say
 _NO_FILE = "550"  # or it may not be read, or is a folder: many servers say the same of all
 _UNKNOWN = {"500", "501", "502", "504"}  # to commands that a server does not have
 
@@ -124,12 +135,13 @@ def explain_ftp_error(uri: FTPURI, err: Exception, pin: Version | None = None) -
         return InvalidURIError(uri, "this is a folder", "add the name of the checkpoint in it")
     if not isinstance(err, ftplib.Error):
         return explain.dispatch(URI)(uri, err, pin)
-    code, said = str(err)[:3], str(err).lower()
-    if code in _LOGIN or (code == _NO_FILE and ("denied" in said or "permi" in said)):
+    code, said = str(err)[:3], str(err)
+    is_crowded = code in _LOGIN and _CROWDED.search(said)
+    if (code in _LOGIN and not is_crowded) or (code == _NO_FILE and _DENIED.search(said)):
         return AccessDeniedError(uri, f"access is denied ({err})", uri.credentials)
-    if code == _NO_FILE or "no such file" in said:
+    if code == _NO_FILE or "no such file" in said.lower():
         return no_object(uri, f"there is no such file or folder ({err})")
-    if isinstance(err, ftplib.error_perm):
+    if isinstance(err, ftplib.error_perm) and not is_crowded:
         remedy = "is the folder there, and does the server allow that?"
         return CheckpointError(uri, f"the server refuses ({err})", remedy)
     return UnreachableError(uri, f"no useful answer ({err})", "try again later")
@@ -274,15 +286,16 @@ def list_ftp_folder(
     with _connected(uri, transport_params) as ftp:
         with suppress(ftplib.error_perm):
             ftp.sendcmd("OPTS MLST type;size;modify;unique;")
-        found = _beneath(ftp, posixpath.dirname(uri.path), uri.path, set(), recursive=recursive)
+        folder = posixpath.dirname(uri.path)
+        ftp.cwd(folder)
+        found = _beneath(ftp, folder, uri.path, set(), recursive=recursive)
         return Page([Entry.beneath(uri, *each) for each in found])
 
 
 def _beneath(
     ftp: ftplib.FTP, folder: str, beginning: str, above: set[str], *, recursive: bool
 ) -> Iterator[tuple[str, int | None, datetime | None]]:
-    """Give path, size and time of what is in a folder; links to folders may go in circles."""
-    ftp.cwd(folder)
+    """Give path, size and time of what is in the working folder; links may go in circles."""
     here = _identity(ftp)
     for name, facts in _members(ftp, folder) if here not in above else ():
         path = posixpath.join(folder, name)
@@ -290,10 +303,21 @@ def _beneath(
             continue
         if facts.get("type") != "dir":
             yield path, int(facts["size"]) if "size" in facts else None, _time(facts)
-        elif recursive:
-            yield from _beneath(ftp, path, "", above | {here}, recursive=True)
-        else:
+        elif not recursive:
             yield f"{path}/", None, None
+        elif _enter(ftp, path):
+            yield from _beneath(ftp, path, "", above | {here}, recursive=True)
+
+
+def _enter(ftp: ftplib.FTP, folder: str) -> bool:
+    """Make a folder the working one; False if it has vanished."""
+    try:
+        ftp.cwd(folder)
+    except ftplib.error_perm as err:
+        if not str(err).startswith(_NO_FILE) or _DENIED.search(str(err)):
+            raise
+        return False
+    return True
 
 
 def _identity(ftp: ftplib.FTP) -> str:

@@ -20,6 +20,7 @@ from _anemoi_ckpt.errors import (
     CheckpointNotFoundError,
     InvalidURIError,
     MissingPackageError,
+    UnreachableError,
 )
 from _anemoi_ckpt.places import (
     URI,
@@ -235,18 +236,49 @@ def open_hdfs_writer(uri: HDFSURI, transport_params: Params = None) -> Writer:
 def _asked(uri: WebHDFSURI, method: str, operation: str, params: Params) -> Any:
     """Ask the name node; give what it says, if that is JSON."""
     with request(method, evolve(uri, operation=operation), params) as response:
-        response.raise_for_status()
+        _require_ok(response)
         return json.loads(response.content or b"{}")
+
+
+def _require_ok(response: Any) -> None:
+    if not response.ok:
+        _ = response.content  # in which the server says why: it is read before it is closed
+    response.raise_for_status()
+
+
+_BUSY = {"StandbyException", "SafeModeException", "RetriableException"}  # though they come with 403
+
+
+@explain.register
+def explain_webhdfs_error(
+    uri: WebHDFSURI, err: Exception, pin: Version | None = None
+) -> CheckpointError:
+    """Make a `CheckpointError` of an answer, with what the name node says in it."""
+    found = explain.dispatch(URI)(uri, err, pin)
+    try:
+        told = err.response.json()["RemoteException"]  # type: ignore[attr-defined] # of requests'
+        name, said = told["exception"], str(told["message"]).partition("\n")[0]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return found
+    if name in _BUSY:
+        remedy = "name the active name node, or try again later"
+        return UnreachableError(uri, f"the name node gives nothing now ({said})", remedy)
+    found.problem += f": {said}"
+    found.name_place(found.place)
+    return found
 
 
 def _sent(uri: WebHDFSURI, method: str, operation: str, data: bytes, params: Params) -> None:
     """Ask the name node for a data node, and send it the bytes."""
     with request(method, evolve(uri, operation=operation), params) as response:
-        response.raise_for_status()
-        location = response.headers.get("Location", "")
+        _require_ok(response)
+        location = response.headers.get("Location")
+    if location is None:
+        problem = "the server names no data node to write to"
+        raise CheckpointError(uri, problem, "is a name node, or HttpFS, at this port?")
     headers = {"Content-Type": "application/octet-stream"}
     with request(method, HTTPURI(location), params, headers, data) as response:
-        response.raise_for_status()
+        _require_ok(response)
 
 
 @read_version.register
@@ -274,7 +306,9 @@ def read_webhdfs_range(
     if length > 0:
         ranged = evolve(uri, operation=f"op=OPEN&offset={start}&length={length}")
         with explained(uri, pin), request("GET", ranged, transport_params) as response:
-            response.raise_for_status()
+            _require_ok(response)
+            if int(response.headers.get("Content-Length", length)) > length:
+                raise UnrangedError
             read_socket(response.raw, buffers)
     return version
 
@@ -305,7 +339,8 @@ def _beneath(
             modified = datetime.fromtimestamp(status["modificationTime"] / 1000, UTC)
             yield path, status["length"], modified
         elif recursive:
-            yield from _beneath(uri, path, params, recursive=True)
+            with unless_missing(uri):
+                yield from _beneath(uri, path, params, recursive=True)
         else:
             yield f"{path}/", None, None
 
