@@ -40,7 +40,7 @@ from _anemoi_ckpt.downloading import (
     download_shared,
     download_to,
     local_uri,
-    pinned_version,
+    version_and_name,
 )
 from _anemoi_ckpt.editing import replace_record
 from _anemoi_ckpt.errors import (
@@ -727,12 +727,12 @@ def _download(to: str | None, transfer: Transfer) -> Path:
             located = evolve(transfer, place=locate_kept(transfer))
             return download_to_cache(located), located.place
         located = evolve(transfer, place=locate(transfer.place, transfer.transport))
-        asked = functools.cache(functools.partial(pinned_version, located))
+        asked = functools.cache(functools.partial(version_and_name, located))
         target = own(to, _name_of(located.place, asked) if is_folder(to) else "")
         if to.endswith(os.sep):
             with explained_writing(local_uri(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-        download_to(target, located, asked)
+        download_to(target, located, lambda: asked()[0])
         return target, located.place
 
     def others(first: Path) -> Path:
@@ -746,12 +746,11 @@ def _download(to: str | None, transfer: Transfer) -> Path:
         return download_shared(bring, others, ranks, note if to is None else _prepare_nothing)
 
 
-def _name_of(place: URI, ask: Callable[[], Version | None]) -> str:
+def _name_of(place: URI, ask: Callable[[], tuple[Version | None, str | None]]) -> str:
     """Name a copy as the place does: a server is asked where the URL ends with no file's name."""
     name = place.filename
     if isinstance(place, HTTPURI) and not Path(name).suffix:
-        version = ask()
-        return (version and version.name) or name
+        return ask()[1] or name
     return name
 
 

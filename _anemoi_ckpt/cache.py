@@ -27,16 +27,17 @@ from _anemoi_ckpt.downloading import (
 )
 from _anemoi_ckpt.errors import UnreachableError, harmless, redact
 from _anemoi_ckpt.places import URI, check_params, environment
+from _anemoi_ckpt.places.azure import AzureURI
 from _anemoi_ckpt.places.http import HTTPURI
 from _anemoi_ckpt.places.local import LocalURI, explained_writing
 from _anemoi_ckpt.places.s3 import S3URI
-from _anemoi_ckpt.places.settings import store_settings
+from _anemoi_ckpt.places.settings import AZURE, store_settings
 from _anemoi_ckpt.places.streams import Place, parse_place
 from _anemoi_ckpt.transport import Transport, locate, log
 
 _SIGNING = re.compile(
     r"(?i)X-(?:Amz|Goog)-.*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id"
-    r"|.*token|.*password|api_?key"
+    r"|delegation|.*token|.*password|api_?key"
 )
 _SAS = re.compile(r"s[veprst]|sig|sip|spr|srt|sdd|sk\w+|saoid|suoid|scid|ses")  # Azure's
 
@@ -176,6 +177,9 @@ def _store(transfer: Transfer) -> str:
     endpoint = getattr(getattr(client, "meta", None), "endpoint_url", None)
     if endpoint is None and isinstance(transfer.place, S3URI):
         endpoint = store_settings(transfer.place.bucket).endpoint_url
+    if endpoint is None and isinstance(transfer.place, AzureURI):
+        settings = store_settings(transfer.place.container, AZURE)
+        endpoint = settings.endpoint_url or settings.account_name
     told = [_identity(transfer.place), endpoint, environment(*_STORES)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

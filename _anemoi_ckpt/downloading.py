@@ -83,10 +83,16 @@ def download_to(
 
 def pinned_version(transfer: Transfer) -> Version | None:
     """Ask for the object's version; None if the place serves no ranges."""
+    return version_and_name(transfer)[0]
+
+
+def version_and_name(transfer: Transfer) -> tuple[Version | None, str | None]:
+    """Ask for the object's version, as `pinned_version`, and what the place calls a copy of it."""
     try:
-        return find_version(transfer.place, transfer.transport)
-    except UnrangedError:
-        return None
+        version = find_version(transfer.place, transfer.transport)
+    except UnrangedError as err:
+        return None, err.name
+    return version, version.name
 
 
 @contextmanager

@@ -120,7 +120,7 @@ USERINFO = re.compile(
     r"(?:[^/\s]{0,999}|(?!arn:)[^/\s:\[]{1,999}:(?!\d*(?:[/?#]|$))\S{0,999})@"  # or with a slash
 )
 _VALUE = re.compile(
-    r"(?i)(?<![\w-])([\w.-]{0,40}(?:access_?id|auth|credential|jwt|key|passw|pwd|secret|session|sig"
+    r"(?i)(?<![\w-])([\w.-]{0,40}(?:access_?id|auth|credential|delegation|jwt|key|passw|pwd|secret|session|sig"
     r"|token)[\w-]{0,40}(?:=|%3D))[^&;\s'\"]+"
 )
 _HEADER = re.compile(r"(?i)(header (?:value|name):? |authorization['\"]?: *|\bBearer )(?!\*).+")

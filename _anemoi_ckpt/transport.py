@@ -366,7 +366,8 @@ def stream_whole(uri: URI, sink: BinaryIO, transport: Transport, notify: Notify)
             sink.write(chunk)
             notify(len(chunk))
 
-    attempted(transport, copy)
+    with naming_similar(uri, transport):
+        attempted(transport, copy)
 
 
 def stream_pinned(uri: URI, sink: Any, transport: Transport) -> None:

@@ -761,7 +761,13 @@ def test_a_server_names_what_its_url_does_not(
     assert download(named, tmp_path) == tmp_path / "b.ckpt"  # a URL that names it wins
 
 
-def test_a_server_without_ranges_names_nothing(http_server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_names_it_too(http_server, tmp_path: Path) -> None:
     url = http_server.put("records/1/content", DATA)
     http_server.fault = lambda request: servers.Fault(ignore_range=True)
     assert download(url, tmp_path) == tmp_path / "content"
+    headers = {"Content-Disposition": "attachment; filename=pangu.ckpt"}
+    http_server.fault = lambda request: servers.Fault(ignore_range=True, headers=headers)
+    http_server.log.clear()
+    assert download(url, tmp_path) == tmp_path / "pangu.ckpt"
+    assert (tmp_path / "pangu.ckpt").read_bytes() == DATA
+    assert [request.range for request in http_server.log] == ["bytes=0-0", None]

@@ -1,12 +1,16 @@
 """Files on FTP servers, and in Hadoop's file system by its program and by HTTP."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
+import ssl
 import threading
 import traceback
 import urllib.parse
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ import _anemoi_ckpt.places.parts
 import _anemoi_ckpt.transport
 import needs
 import servers
-from _anemoi_ckpt.places import Buffers, read_range, read_version
+from _anemoi_ckpt.places import Buffers, path_of, read_range, read_version
 from anemoi_ckpt import (
     FTPURI,
     HDFSURI,
@@ -31,14 +35,19 @@ from anemoi_ckpt import (
     UnreachableError,
     WebHDFSURI,
     download,
+    find,
+    latest,
+    list_objects,
     load,
     open_stream,
     open_writer,
     parse_uri,
     peek,
+    remove_object,
     save,
 )
 from checkpoints import as_bytes, assert_same
+from test_lasting import certificate
 from test_secrets import told, ways
 
 CHECKPOINT = {"w": torch.arange(60_000.0), "optimizer_states": torch.ones(60_000), "epoch": 3}
@@ -61,6 +70,35 @@ def read_by_all(uri: str, tmp_path: Path) -> None:
         assert stream.read() == DATA
 
 
+def fill(folder: Path) -> Path:
+    """Put checkpoints into a folder."""
+    (folder / "deep/er").mkdir(parents=True, exist_ok=True)
+    for name in ("a b.ckpt", "é.ckpt", "deep/c.ckpt", "deep/er/d%20.ckpt"):
+        (folder / name).write_bytes(DATA)
+    return folder
+
+
+def check_listing(folder: str) -> None:
+    """Assert that those of `fill` are listed, and that their entries can be loaded."""
+    entries = list_objects(folder)
+    assert [path_of(each.uri).rpartition("/run/")[2] for each in entries] == [
+        *("a b.ckpt", "deep/", "é.ckpt")
+    ]
+    every = list_objects(folder, recursive=True)
+    assert [path_of(each.uri).rpartition("/run/")[2] for each in every] == [
+        *("a b.ckpt", "deep/c.ckpt", "deep/er/d%20.ckpt", "é.ckpt")
+    ]
+    assert {each.size for each in every} == {len(DATA)}
+    for each in every:
+        assert parse_uri(str(each.uri)) == each.uri
+        with open_stream(each.uri) as stream:
+            assert stream.read() == DATA
+    assert [each.uri for each in find(folder)] == [each.uri for each in every]
+    deep = find(f"{folder}/d*/**/*.ckpt")
+    assert [each.uri.filename for each in deep] == ["c.ckpt", "d%20.ckpt"]
+    assert latest(folder, key=lambda entry: path_of(entry.uri)).filename == "é.ckpt"
+
+
 # ── FTP ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -68,21 +106,20 @@ class FTPServer:
     """pyftpdlib's, for one folder."""
 
     def __init__(self, folder: Path) -> None:
-        servers_of, handlers, authorizers = (
+        servers_of, handlers, authorizers, filesystems = (
             needs.package(f"pyftpdlib.{name}", "pip install pyftpdlib")
-            for name in ("servers", "handlers", "authorizers")
+            for name in ("servers", "handlers", "authorizers", "filesystems")
         )
         self.folder = folder
         self.replies: dict[str, str] = {}
         """What commands are answered with, instead of being carried out."""
         self.cut: int | None = None
         """After so many bytes a download breaks off."""
+        self.listing: bytes | None = None
+        """What MLSD tells of a folder, instead of what is in it."""
         running = self
 
         class Data(handlers.DTPHandler):
-            def push_dtp_data(self, data: Any, isproducer: bool = False, cmd: Any = None) -> None:
-                super().push_dtp_data(data, isproducer, cmd)
-
             def send(self, data: bytes) -> int:
                 if running.cut is not None:
                     count, running.cut = super().send(data[: running.cut]), None
@@ -91,12 +128,18 @@ class FTPServer:
                     return count
                 return super().send(data)
 
+        class Files(filesystems.AbstractedFS):
+            def format_mlsx(self, *args: Any, **options: Any) -> Iterator[bytes]:
+                told = super().format_mlsx(*args, **options)
+                return told if running.listing is None else iter([running.listing])
+
         class Handler(handlers.FTPHandler):
             dtp_handler = Data
+            abstracted_fs = Files
             use_sendfile = False
 
             def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-                reply = running.replies.get(cmd)
+                reply = running.replies.get(f"{cmd} {arg}", running.replies.get(cmd))
                 if reply is None:
                     super().pre_process_command(line, cmd, arg)
                 else:
@@ -178,7 +221,10 @@ def test_a_file_on_an_ftp_server_that_is_replaced(ftp: FTPServer) -> None:
         ({}, CheckpointNotFoundError, "there is no such file"),
         ({"SIZE": "550 Permission denied."}, AccessDeniedError, "access is denied"),
         ({"USER": "530 no"}, AccessDeniedError, "give user and password"),
+        ({"USER": "530 the maximum of clients is there"}, UnreachableError, "try again later"),
         ({"TYPE": "500 no"}, CheckpointError, "the server refuses"),
+        ({"SIZE": "553 no"}, CheckpointError, "the server refuses .553 no.; is the folder there"),
+        ({"SIZE": "450 No such file"}, CheckpointNotFoundError, "there is no such file"),
         ({"SIZE": "421 too many"}, UnreachableError, "no useful answer .421 too many"),
     ],
 )
@@ -212,24 +258,78 @@ def test_an_ftp_server_that_is_not_there_or_knows_no_tls(ftp: FTPServer) -> None
         load(f"{ftp.url}/a.ckpt", transport_params={"encodin": "latin-1"})
 
 
-def test_tls_is_asked_for_before_the_login(ftp: FTPServer, monkeypatch) -> None:
-    """And for the files, too; a certificate that nobody knows is refused."""
-    said: list[str] = []
+class TLSServer:
+    """An FTP server that wants TLS, and each transfer in the session of the commands (RFC 4217)."""
 
-    class TLS(_anemoi_ckpt.places.ftp.ftplib.FTP_TLS):
-        def auth(self) -> str:
-            said.append("auth")
-            return ""
+    def __init__(self, certificate: Path, data: bytes) -> None:
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate)
+        self.data, self.said = data, list[str]()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
 
-        def prot_p(self) -> str:
-            said.append("prot_p")
-            return ""
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted = self.listener.accept()[0]
+                threading.Thread(target=self._answer, args=(accepted,), daemon=True).start()
 
-    monkeypatch.setattr(_anemoi_ckpt.places.ftp.ftplib, "FTP_TLS", TLS)
-    monkeypatch.setattr(TLS, "ntransfercmd", _anemoi_ckpt.places.ftp.ftplib.FTP.ntransfercmd)
-    uri = f"{ftp.url.replace('ftp:', 'ftps:')}/run/a%20b.ckpt"
-    assert read_version(parse_uri(uri)).size == len(DATA)
-    assert said == ["auth", "prot_p"]
+    def _answer(self, control: socket.socket) -> None:
+        passive, start = socket.create_server(("127.0.0.1", 0)), 0
+        port = passive.getsockname()[1]
+        replies = {"AUTH": "234 go on", "USER": "331 and?", "PASS": "230 in", "REST": "350 and?"}
+        replies |= {"SIZE": f"213 {len(self.data)}", "MDTM": "213 2024", "RETR": "150 it comes"}
+        replies["PASV"] = f"227 at (127,0,0,1,{port // 256},{port % 256})"
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(passive.close)
+            stack.callback(control.close)
+            control.sendall(b"220 hello\r\n")
+            while line := self._line(control):
+                verb, _, told = line.partition(" ")
+                self.said.append(verb)
+                control.sendall(f"{replies.get(verb, '200 yes')}\r\n".encode())
+                if verb == "AUTH":
+                    control = self.context.wrap_socket(control, server_side=True)
+                    stack.callback(control.close)
+                start = int(told) if verb == "REST" else start
+                if verb == "RETR":
+                    ending = self._send(passive.accept()[0], start)
+                    control.sendall(ending + b"\r\n")
+
+    def _send(self, accepted: socket.socket, start: int) -> bytes:
+        with self.context.wrap_socket(accepted, server_side=True) as data:
+            if not data.session_reused:
+                return b"522 another session"
+            data.sendall(self.data[start:])
+        return b"226 that was all"
+
+    @staticmethod
+    def _line(control: socket.socket) -> str:
+        line = b""
+        while not line.endswith(b"\r\n"):
+            byte = control.recv(1)
+            if not byte:
+                return ""
+            line += byte
+        return line.decode().strip()
+
+
+def test_files_are_read_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login, too; and a certificate that nobody knows is refused at once."""
+    pem = certificate(tmp_path)
+    server = TLSServer(pem, DATA)
+    uri = f"ftps://me:hunter2@127.0.0.1:{server.port}/a.ckpt"
+    with pytest.raises(UnreachableError, match="certificate is not trusted"):
+        load(uri)
+    assert set(server.said) == {"AUTH"}
+    server.said.clear()
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    with open_stream(uri) as stream:
+        assert stream.read() == DATA
+    assert server.said[:6] == ["AUTH", "USER", "PASS", "PBSZ", "PROT", "TYPE"]
+    assert_same(load(uri, lambda checkpoint: checkpoint["w"]), CHECKPOINT["w"])
+    server.listener.close()
 
 
 def test_files_are_saved_on_an_ftp_server(ftp: FTPServer) -> None:
@@ -250,6 +350,111 @@ def test_files_are_saved_on_an_ftp_server(ftp: FTPServer) -> None:
     assert_same(torch.load(folder / "a b.ckpt"), CHECKPOINT)
 
 
+def test_a_folder_on_an_ftp_server_that_vanishes_meanwhile(ftp: FTPServer) -> None:
+    fill(ftp.folder / "run")
+    deep = "CWD /run/deep"
+    ftp.replies = {deep: "550 No such directory."}
+    every = list_objects(f"{ftp.url}/run", recursive=True)
+    assert [each.uri.filename for each in every] == ["a b.ckpt", "é.ckpt"]
+    ftp.replies = {deep: "550 Permission denied."}
+    with pytest.raises(AccessDeniedError):
+        list_objects(f"{ftp.url}/run", recursive=True)
+
+
+NO_MLSD = {"MLSD": "502 unknown", "OPTS": "501 unknown", "MLST": "500 unknown"}
+
+
+@pytest.mark.parametrize("replies", [{}, NO_MLSD, {**NO_MLSD, "MDTM": "502 unknown"}])
+def test_a_folder_on_an_ftp_server_is_listed(ftp: FTPServer, replies: dict[str, str]) -> None:
+    folder, base = fill(ftp.folder / "run"), f"{ftp.url}/run"
+    ftp.replies = replies
+    check_listing(base)
+    (folder / "gone.ckpt").symlink_to(folder / "nothing")
+    if "MLSD" not in replies:
+        (folder / "circle").symlink_to(folder)
+    assert len(list_objects(base, recursive=True)) == 4
+    os.utime(folder / "a b.ckpt", (1_000, 1_000))
+    known = {} if "MDTM" in replies else {datetime.fromtimestamp(1_000, UTC)}
+    found = find(f"{base}/a*")
+    assert [each.uri for each in found] == [parse_uri(f"{base}/a%20b.ckpt")]
+    assert {each.modified for each in found} - {None} == set(known)
+    with pytest.raises(CheckpointNotFoundError, match=r"one of these: a b.ckpt"):
+        load(f"{base}/a%20c.ckpt")
+    with pytest.raises(CheckpointNotFoundError, match="no such file or folder"):
+        list_objects(f"{base}/none")
+
+
+@pytest.mark.parametrize("reply", ["550 No files found", "450 none"])
+def test_an_empty_folder_on_an_ftp_server(ftp: FTPServer, reply: str) -> None:
+    ftp.replies = {"MLSD": "502 unknown", "NLST": reply}
+    assert list_objects(f"{ftp.url}/run") == []
+    ftp.replies = {"MLSD": "502 unknown", "NLST": "502 unknown"}
+    with pytest.raises(CheckpointError, match="the server refuses"):
+        list_objects(f"{ftp.url}/run")
+    ftp.replies = {"MLSD": "553 no"}
+    with pytest.raises(CheckpointError, match="the server refuses"):
+        list_objects(f"{ftp.url}/run")
+
+
+def test_what_an_ftp_server_lists_that_is_elsewhere(ftp: FTPServer) -> None:
+    """Names of other folders are left out; what links lead to is looked up."""
+    fill(ftp.folder / "run")
+    ftp.listing = (
+        b"type=cdir; run\r\ntype=file;size=3; ../x.ckpt\r\ntype=file;size=3; /etc/x.ckpt\r\n"
+        b"type=pdir; ..\r\ntype=OS.unix=slink:/x; \xc3\xa9.ckpt\r\n"
+        b"Type=File;Size=7;Modify=20240102030405.123; b.ckpt\r\n"
+        b"type=OS.unix=symlink; deep\r\ntype=OS.unix=symlink; gone\r\n"
+        b"type=file;modify=x; c.ckpt\r\n"
+    )
+    entries = list_objects(f"{ftp.url}/run")
+    assert [(each.uri.filename, each.size) for each in entries if not each.is_folder] == [
+        *(("b.ckpt", 7), ("c.ckpt", None), ("é.ckpt", len(DATA)))
+    ]
+    assert [str(each.uri) for each in entries if each.is_folder] == [f"{ftp.url}/run/deep/"]
+    assert entries[0].modified == datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert entries[1].modified is None
+    ftp.replies = {"SIZE": "502 unknown"}
+    assert [each.size for each in list_objects(f"{ftp.url}/run")] == [7, *[None] * 4]
+
+
+def test_files_are_removed_from_an_ftp_server(ftp: FTPServer) -> None:
+    uri = f"{ftp.url}/run/a%20b.ckpt"
+    ftp.replies = {"DELE": "550 Delete operation failed."}  # vsftpd says the same where none is
+    with pytest.raises(AccessDeniedError):
+        remove_object(uri)
+    ftp.replies = {}
+    remove_object(uri)
+    assert names(ftp.folder / "run") == []
+    remove_object(uri)
+    with pytest.raises(InvalidURIError, match="this is a folder"):
+        remove_object(f"{ftp.url}/run")
+    assert (ftp.folder / "run").is_dir()
+
+
+def test_a_folder_on_an_ftp_server_is_told_as_one(ftp: FTPServer) -> None:
+    for verb in (load, open_stream, peek, lambda uri: save({}, uri)):
+        with pytest.raises(InvalidURIError, match="this is a folder"):
+            verb(f"{ftp.url}/run")
+    assert names(ftp.folder) == ["run"]
+
+
+def test_a_file_on_an_ftp_server_that_may_not_be_read_or_replaced(ftp: FTPServer) -> None:
+    uri = f"{ftp.url}/run/a%20b.ckpt"
+    ftp.replies = {"RETR": "550 Failed to open file.", "RNTO": "550 It exists already"}
+    for verb in (load, open_stream, lambda uri: save({}, uri)):
+        with pytest.raises(AccessDeniedError):
+            verb(uri)
+    assert names(ftp.folder / "run") == ["a b.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "replies", [{"RETR": "450 busy!"}, {"REST": "502 unknown"}, {"SIZE": "200 what"}]
+)
+def test_ftp_servers_that_are_busy_or_know_little(ftp: FTPServer, replies: Any) -> None:
+    ftp.replies = replies
+    assert_same(load(f"{ftp.url}/run/a%20b.ckpt"), CHECKPOINT)
+
+
 def test_a_file_on_an_ftp_server_that_is_renamed_or_cut_meanwhile(ftp: FTPServer) -> None:
     uri, folder = parse_uri(f"{ftp.url}/run/a%20b.ckpt"), ftp.folder / "run"
     part = _anemoi_ckpt.places.ftp._Part(uri, None)
@@ -266,14 +471,19 @@ def test_a_file_on_an_ftp_server_that_is_renamed_or_cut_meanwhile(ftp: FTPServer
 
 # ── HDFS, by its program ──────────────────────────────────────────────────────────────────────
 
-PROGRAM = """#!/bin/sh
+PROGRAM = r"""#!/bin/sh
 verb=$2
-for path; do :; done
-path={folder}${{path#*namenode:9000}}
+case $3 in -R) depth=9;; *) depth=1;; esac
+for told; do :; done
+told=$(printf %s "$told" | sed 's/\(^\|[^\\]\)[*?[{{]/\1<glob>/g; s/\\\(.\)/\1/g')
+path={folder}${{told#*namenode:9000}}
 broken() {{ case $path in *broken*) exit 1;; esac }}
 case $verb in
     -cat) broken; exec cat "$path";;
     -test) [ -e "$path" ];;
+    -ls) broken; [ -e "$path" ] && echo Found items && find "$path" -mindepth 1 -maxdepth $depth \
+        -printf "%M   3 me domain users %s %TY-%Tm-%Td %TH:%TM ${{told%/}}/%P\n";;
+    -rm) broken; [ ! -d "$path" ] && rm -f "$path";;
     -put) cat > "$path._COPYING_"; broken; mv "$path._COPYING_" "$path";;
 esac
 """
@@ -306,6 +516,34 @@ needs_terminate = pytest.mark.skipif(
     not hasattr(smart_open.hdfs.CliRawOutputBase, "terminate"),
     reason="smart-open>=9 is not installed",
 )
+
+
+@pytest.mark.parametrize("host", ["namenode:9000", ""])
+def test_a_folder_in_hadoop_is_listed(hadoop: Path, host: str, capfd) -> None:
+    folder = fill(hadoop / "run")
+    base = f"hdfs://{host}/run"
+    check_listing(base)
+    assert find(f"{base}/*.ckpt")[0].uri == parse_uri(f"{base}/a b.ckpt")
+    modified = find(f"{base}/a*")[0].modified
+    assert timedelta(0) <= datetime.now(UTC) - modified < timedelta(minutes=2)
+    with pytest.raises(CheckpointNotFoundError, match=r"one of these: a b.ckpt"):
+        load(f"{base}/a c.ckpt", retries=0)
+    remove_object(f"{base}/é.ckpt")
+    remove_object(f"{base}/é.ckpt")
+    assert names(folder) == ["a b.ckpt", "deep"]
+    with pytest.raises(CheckpointError, match="hdfs failed"):
+        remove_object(f"{base}/deep")
+    with pytest.raises(CheckpointNotFoundError, match="there is no such file"):
+        list_objects(f"{base}/none")
+
+
+def test_a_name_in_hadoop_is_no_glob(hadoop: Path) -> None:
+    (hadoop / "run[1]").mkdir()
+    (hadoop / "run[1]/a{1,2}?*.ckpt").write_bytes(DATA)
+    uri = "hdfs:///run[1]/a{1,2}?*.ckpt"
+    assert [each.uri for each in list_objects("hdfs:///run[1]")] == [HDFSURI(uri)]
+    with open_stream(HDFSURI(uri)) as stream:
+        assert stream.read() == DATA
 
 
 @needs_terminate
@@ -360,7 +598,7 @@ class NameNode(servers.Server):
     def __init__(self) -> None:
         super().__init__()
         self.files: dict[str, bytes] = {}
-        self.overwrites = True
+        self.overwrites = self.redirects = self.ranges = True
         self.time = 1_000
 
     def answer(self, request: servers.Request, fault: servers.Fault) -> servers.Reply:
@@ -368,7 +606,7 @@ class NameNode(servers.Server):
         path = urllib.parse.unquote(request.path.removeprefix("/webhdfs/v1"))
         if query.get("user.name", "me") != "me":
             return servers.error_reply("http", 403)
-        if query["op"] in ("OPEN", "CREATE", "APPEND") and "data" not in query:
+        if query["op"] in ("OPEN", "CREATE", "APPEND") and "data" not in query and self.redirects:
             location = f"{self.url}{request.target}&data=1"
             return servers.Reply(307, servers._headers({"Location": location}))
         told: Any = getattr(self, query["op"].lower())(path, query, request.body)
@@ -382,6 +620,7 @@ class NameNode(servers.Server):
 
     def open(self, path: str, query: Any, body: bytes) -> Any:
         start, length = int(query.get("offset", 0)), int(query.get("length", 2**40))
+        start, length = (start, length) if self.ranges else (0, 2**40)
         return self.files[path][start : start + length] if path in self.files else None
 
     def getfilestatus(self, path: str, query: Any, body: bytes) -> Any:
@@ -390,6 +629,17 @@ class NameNode(servers.Server):
             return None
         size = len(self.files.get(path, b""))
         return {"FileStatus": {"length": size, "modificationTime": self.time, "type": kind}}
+
+    def liststatus(self, path: str, query: Any, body: bytes) -> Any:
+        beneath = f"{path.rstrip('/')}/"
+        within = {each.removeprefix(beneath) for each in self.files if each.startswith(beneath)}
+        if not within:
+            return None
+        listed = []
+        for name in {each.partition("/")[0] for each in within}:
+            told = self.getfilestatus(beneath + name, query, body)["FileStatus"]
+            listed.append({**told, "pathSuffix": name})
+        return {"FileStatuses": {"FileStatus": listed}}
 
     def create(self, path: str, query: Any, body: bytes) -> Any:
         self.files[path] = body
@@ -462,6 +712,72 @@ def test_files_are_saved_through_a_name_node(node: NameNode) -> None:
     with pytest.raises(CheckpointError, match="replaces no file that is there"):
         save(changed, at(node))
     assert node.files == {"/run/a b.ckpt": as_bytes(small)}
+
+
+def test_a_folder_behind_a_name_node_is_listed(node: NameNode) -> None:
+    for name in ("é.ckpt", "deep/c.ckpt", "deep/er/d%20.ckpt"):
+        node.files[f"/run/{name}"] = DATA
+    base = at(node).rpartition("/")[0]
+    check_listing(base)
+    token = "delegation=hunter2"
+    found = find(f"{base}/a*.ckpt?{token}")
+    assert [str(each.uri) for each in found] == [f"{at(node)}?{token}"]
+    assert found[0].modified == datetime.fromtimestamp(1, UTC)
+    assert "hunter2" not in f"{found!r}{found}"
+    assert node.log[-1].query.endswith(token)
+    listed = list_objects(f"WEBHDFS{base.removeprefix('webhdfs')}/?{token}")
+    assert [path_of(each.uri) for each in listed] == ["/run/a b.ckpt", "/run/deep/", "/run/é.ckpt"]
+    with pytest.raises(CheckpointNotFoundError, match=r"one of these: a b.ckpt") as caught:
+        load(f"{base}/a%20c.ckpt?{token}")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(CheckpointNotFoundError):
+        list_objects(f"{base}/none")
+
+
+def test_a_folder_behind_a_name_node_that_vanishes_meanwhile(node: NameNode) -> None:
+    node.files["/run/deep/c.ckpt"] = DATA
+    node.fault = lambda request: servers.Fault(status=404) if "deep" in request.path else None
+    every = list_objects(at(node).rpartition("/")[0], recursive=True)
+    assert [each.uri.filename for each in every] == ["a b.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("StandbyException", UnreachableError, "gives nothing now .READ is not for you.; name"),
+        ("AccessControlException", AccessDeniedError, "403.*: READ is not for you; give the user"),
+    ],
+)
+def test_what_a_name_node_says(node: NameNode, name: str, error: Any, said: str) -> None:
+    told = {"exception": name, "message": "READ is not for you\nat org.apache.hadoop"}
+    body = json.dumps({"RemoteException": told}).encode()
+    node.fault = lambda request: servers.Fault(status=403, body=body)
+    with pytest.raises(error, match=said) as caught:
+        load(at(node), retries=0)
+    assert "apache" not in str(caught.value)
+    with pytest.raises(error, match=said):
+        save({}, at(node), retries=0)
+    node.fault = lambda request: servers.Fault(status=404, body=b"[]")
+    with pytest.raises(CheckpointNotFoundError):
+        load(at(node), retries=0)
+
+
+def test_a_server_that_is_no_name_node(node: NameNode) -> None:
+    node.redirects = False
+    with pytest.raises(CheckpointError, match="names no data node"):
+        save({}, at(node), retries=0)
+    node.ranges = False
+    assert_same(load(at(node)), CHECKPOINT)
+
+
+def test_files_are_removed_through_a_name_node(node: NameNode) -> None:
+    node.files["/run/deep/c.ckpt"] = DATA
+    remove_object(at(node))
+    remove_object(at(node))
+    assert list(node.files) == ["/run/deep/c.ckpt"]
+    with pytest.raises(InvalidURIError, match="this is a folder"):
+        remove_object(at(node).replace("a%20b.ckpt", "deep"))
+    assert list(node.files) == ["/run/deep/c.ckpt"]
 
 
 def lost(number: int) -> Any:

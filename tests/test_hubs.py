@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -749,6 +750,63 @@ def test_certificates_as_mlflows_client_has_them(tracked, monkeypatch, tmp_path:
     }
     with pytest.raises(UnreachableError, match="certificate is not trusted, or the file"):
         load(uri)
+
+
+class Plugin:
+    """A plug-in of MLflow's, which has a header of its own."""
+
+    def get_name(self) -> str:
+        return "mine"
+
+    def get_auth(self) -> Any:
+        def sign(request: Any) -> Any:
+            request.headers["Authorization"] = "Signed 5ec4e7"
+            return request
+
+        return sign
+
+
+def test_requests_are_signed_as_mlflows_client_signs_them(
+    tracked, http_server, monkeypatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", http_server.url)
+    http_server.put("api/2.0/mlflow-artifacts/artifacts/a.ckpt", as_bytes({"a": 1}))
+    registry = importlib.import_module("mlflow.tracking.request_auth.registry")
+    providers = [*registry._request_auth_provider_registry, Plugin()]
+    monkeypatch.setattr(registry._request_auth_provider_registry, "_registry", providers)
+    monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "mine")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+    monkeypatch.setenv("MLFLOW_WORKSPACE", "weather")
+    assert load("mlflow-artifacts:/a.ckpt") == {"a": 1}
+    sent = {
+        (each.headers["Authorization"], each.headers["X-MLFLOW-WORKSPACE"])
+        for each in http_server.log
+    }
+    assert sent == {("Signed 5ec4e7", "weather")}
+    http_server.reset()
+    other = {"headers": {"X-Trace": "1"}}
+    assert load("mlflow-artifacts:/a.ckpt", transport_params=other) == {"a": 1}
+    assert {each.headers["Authorization"] for each in http_server.log} == {"Signed 5ec4e7"}
+    http_server.reset()
+    own = {"headers": {"Authorization": "Bearer own"}}
+    assert load("mlflow-artifacts:/a.ckpt", transport_params=own) == {"a": 1}
+    assert {each.headers["Authorization"] for each in http_server.log} == {"Bearer own"}
+    monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "another")
+    for uri in ("mlflow-artifacts:/a.ckpt", "runs:/abc/a.ckpt"):
+        with (
+            pytest.warns(UserWarning, match="Could not find any registered plugin"),
+            pytest.raises(MissingPackageError, match="MLFLOW_TRACKING_AUTH is 'another'"),
+        ):
+            load(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_AWS_SIGV4", "true")
+    for uri in ("mlflow-artifacts:/a.ckpt", "runs:/abc/a.ckpt"):
+        with pytest.raises(MissingPackageError, match="pip install requests-auth-aws-sigv4"):
+            load(uri)
+    aws = types.SimpleNamespace(AWSSigV4=lambda service: Plugin().get_auth())
+    monkeypatch.setitem(sys.modules, "requests_auth_aws_sigv4", aws)
+    http_server.reset()
+    assert load("mlflow-artifacts:/a.ckpt") == {"a": 1}
+    assert {each.headers["Authorization"] for each in http_server.log} == {"Signed 5ec4e7"}
 
 
 def test_only_what_is_needed_moves_through_the_tracking_server(tracked, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a place tells of the objects in it, and what is removed from it."""
 
+import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -135,6 +136,24 @@ def test_links_in_a_circle_are_not_followed(tmp_path: Path) -> None:
     assert names(list_objects(folder, recursive=True)) == ["last.ckpt"]
 
 
+def test_a_folder_that_vanishes_meanwhile_is_left_out(tmp_path: Path, monkeypatch) -> None:
+    for name in ("deep", "other"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "a.ckpt").write_bytes(DATA)
+    scandir = os.scandir
+
+    def vanishing(path: str) -> object:
+        if path.endswith("deep/"):
+            Path(path, "a.ckpt").unlink()
+            Path(path).rmdir()
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", vanishing)
+        every = list_objects(tmp_path / "run", recursive=True)
+    assert names(every) == ["other/a.ckpt"]
+
+
 def test_places_that_list_nothing(http_server: servers.HTTPServer) -> None:
     with pytest.raises(InvalidURIError, match="HTTPURI does not tell what is in it"):
         list_objects(http_server.url)
@@ -245,13 +264,47 @@ def test_what_is_removed_is_gone(place) -> None:
 def test_nothing_is_removed_from_a_bucket_that_is_not_there(place) -> None:
     uri = place.put("a.ckpt", DATA)
     scheme, _, rest = uri.partition("://")
-    if place.kind == "gcs":  # its emulator does not tell a bucket from an object
-        said = b'{"error": {"code": 404, "message": "The specified bucket does not exist."}}'
-        headers = {"Content-Type": "application/json"}
-        place.server.fault = lambda request: servers.Fault(status=404, body=said, headers=headers)
     with pytest.raises(CheckpointNotFoundError, match="no such bucket or container"):
         remove_object(f"{scheme}://no-such-bucket-here/{rest.partition('/')[2]}")
     assert place.server.log
+
+
+@pytest.mark.parametrize(
+    ("answers", "missing", "requests"),
+    [
+        ({"DELETE": (404, "The specified bucket does not exist.")}, "bucket", 1),
+        ({"DELETE": (404, "No such object: b/a.ckpt")}, "", 1),
+        ({"DELETE": (404, "Not Found"), "GET": (404, "")}, "bucket", 2),
+        ({"DELETE": (404, "Not Found"), "GET": (403, "")}, "", 2),
+        ({"DELETE": (404, "Not Found")}, "", 2),
+        ({"DELETE": (403, "No")}, "denied", 1),
+    ],
+)
+def test_what_a_server_of_gcs_says_is_missing(gcs, answers, missing: str, requests: int) -> None:
+    """Google tells a bucket from an object; of others it is asked."""
+
+    def fault(request: servers.Request) -> servers.Fault | None:
+        status, said = answers.get(request.method, (0, ""))
+        body = json.dumps({"error": {"code": status, "message": said}}).encode()
+        headers = {"Content-Type": "application/json"}
+        return servers.Fault(status=status, body=body, headers=headers) if status else None
+
+    gcs.server.fault = fault
+    if missing:
+        with pytest.raises(anemoi_ckpt.CheckpointError, match=missing):
+            remove_object(gcs.uri("a.ckpt"))
+    else:
+        remove_object(gcs.uri("a.ckpt"))
+    assert len(gcs.server.log) == requests
+
+
+@pytest.mark.parametrize("verb", [load, list_objects, lambda uri: anemoi_ckpt.save({}, uri)])
+@pytest.mark.parametrize("place", STORES, indirect=True)
+def test_a_bucket_that_is_not_there_is_told_as_one(place, verb) -> None:
+    scheme, _, rest = place.put("a.ckpt", DATA).partition("://")
+    uri = f"{scheme}://no-such-bucket-here/{rest.partition('/')[2]}"
+    with pytest.raises(CheckpointNotFoundError, match="no such bucket or container"):
+        verb(uri)
 
 
 def test_what_cannot_be_removed(tmp_path: Path, http_server: servers.HTTPServer) -> None:

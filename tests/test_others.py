@@ -49,6 +49,15 @@ OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
         "it is a PEM file, such as a certificate; give the checkpoint's own path",
     ),
+    "a certificate in DER": (
+        lambda: bytes.fromhex("308201 6e308201 13a00302 01020214 404de59e 3375ff25") + bytes(349),
+        "it is a certificate, in DER; give the checkpoint's own path",
+    ),
+    "a small certificate in DER": (
+        lambda: bytes.fromhex("3082012c 3081dfa0 03020102 021415cf fb9861ac 4c51fa7c") + bytes(280),
+        "it is a certificate, in DER",
+    ),
+    "no certificate": (lambda: b"0\x82\1\2" + bytes(300), "begins with b'0.x82"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "it is an HDF5 file; read it with h5py"),
     "GGUF": (lambda: b"GGUF\3\0\0\0" + bytes(99), "it is a GGUF file"),
     "NetCDF": (lambda: b"CDF\1" + bytes(99), "it is a NetCDF file"),

@@ -11,10 +11,21 @@ import boto3
 import pytest
 import torch
 
+import _anemoi_ckpt.places.azure
+import _anemoi_ckpt.transport
 import needs
 import servers
-from _anemoi_ckpt.places.settings import StoreSettings, store_settings
-from anemoi_ckpt import CheckpointError, MissingPackageError, list_objects, load, save
+from _anemoi_ckpt.places.settings import AZURE, StoreSettings, store_settings
+from anemoi_ckpt import (
+    AccessDeniedError,
+    CheckpointError,
+    MissingPackageError,
+    UnreachableError,
+    list_objects,
+    load,
+    parse_uri,
+    save,
+)
 from checkpoints import as_bytes
 
 SECRET = "hunter2+Zm"
@@ -166,3 +177,137 @@ def test_a_file_that_cannot_be_read(settings: Path, monkeypatch, method: str) ->
         patched.setattr(Path, method, refuse)
         with pytest.raises(CheckpointError, match=r"cannot be read .Permission denied"):
             store_settings("b")
+
+
+# ── Azure ─────────────────────────────────────────────────────────────────────────────────────
+
+KEY = "c2VjcmV0"
+OWN = f'account_name = "acc"\naccount_key = "{KEY}"\n'
+BLOBS = "blob.core.windows.net"
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "url", "credential"),
+    [
+        ("az://c/b", f"[object-storage]\n{OWN}", f"https://acc.{BLOBS}/", "acc"),
+        (
+            "az://c/b",
+            f'[object-storage."c*"]\nendpoint_url = "http://127.0.0.1:1/acc"\n{OWN}',
+            "http://127.0.0.1:1/acc/",
+            "acc",
+        ),
+        (
+            "abfs://c/b",
+            '[object-storage]\naccount_name = "acc"\nsas_token = "?sv=1&sig=s"\n',
+            f"https://acc.{BLOBS}/?sv=1&sig=s",
+            None,
+        ),
+        (
+            f"https://acc.{BLOBS}/c/b?sv=2&sig=t",
+            f"[object-storage]\n{OWN}",
+            f"https://acc.{BLOBS}/?sv=2&sig=t",
+            None,
+        ),
+        (
+            "az://c/b",
+            '[object-storage.c]\naccount_name = "acc"\nskip_signature = true\n',
+            f"https://acc.{BLOBS}/",
+            None,
+        ),
+        (  # of the URL's account
+            "abfss://c@acc.dfs.core.windows.net/b",
+            f'[object-storage.c]\naccount_key = "{KEY}"\n',
+            f"https://acc.{BLOBS}/",
+            "acc",
+        ),
+        (  # the environment says which account, or has its key
+            "az://c/b",
+            f'[object-storage.c]\naccount_key = "{KEY}"\n',
+            f"https://env.{BLOBS}/",
+            "env",
+        ),
+        (
+            "az://c/b",
+            '[object-storage.c]\naccount_name = "env"\n',
+            f"https://env.{BLOBS}/",
+            "env",
+        ),
+        (  # another account's credentials are not shown to this one, nor to a server of no account
+            f"https://other.{BLOBS}/c/b",
+            f"[object-storage]\n{OWN}",
+            f"https://other.{BLOBS}/",
+            None,
+        ),
+        (
+            "abfss://c@evil.example/b",
+            f'[object-storage.c]\naccount_key = "{KEY}"\n',
+            "https://evil.example/",
+            None,
+        ),
+        (  # these are S3's
+            "az://c/b",
+            f'[object-storage]\nendpoint_url = "http://a"\n{KEYS}',
+            f"https://env.{BLOBS}/",
+            "env",
+        ),
+        (
+            "az://c/b",
+            '[object-storage]\nendpoint_url = "http://a"\n',
+            f"https://env.{BLOBS}/",
+            "env",
+        ),
+    ],
+)
+def test_the_settings_of_azure(  # noqa: PLR0913, PLR0917 - fixtures
+    settings: Path, monkeypatch, text, section, url, credential
+) -> None:
+    needs.package("azure.storage.blob", "pip install azure-storage-blob")
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "env")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", KEY)
+    write(settings, section)
+    client = _anemoi_ckpt.places.azure.client_of(parse_uri(text), None)
+    assert client.url == url
+    assert getattr(client.credential, "account_name", None) == credential
+
+
+def test_settings_come_before_the_connection_string(azure, settings: Path, monkeypatch) -> None:
+    """A container's section names another server than the environment does."""
+    azure.write("told/a.ckpt", as_bytes({"w": torch.ones(3)}))
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING", servers.azurite_connection_string("http://127.0.0.1:1")
+    )
+    account, key = servers._AZURITE_ACCOUNT, servers._AZURITE_KEY
+    write(
+        settings,
+        f'[object-storage."check*"]\nendpoint_url = "{azure.server.url}/{account}"\n'
+        f'account_name = "{account}"\naccount_key = "{key}"\n',
+    )
+    uri = azure.uri("told/a.ckpt")
+    assert load(uri, cached=True)["w"].tolist() == [1] * 3
+    assert [each.uri.filename for each in list_objects(azure.uri("told"))] == ["a.ckpt"]
+    assert key not in repr(store_settings("checkpoints", AZURE))
+    monkeypatch.setenv("ANEMOI_CKPT_OFFLINE", "1")
+    azure.server.reset()
+    assert load(uri, cached=True)["w"].tolist() == [1] * 3
+    assert azure.server.log == []
+    write(settings, "")  # it was another store's
+    monkeypatch.setattr(_anemoi_ckpt.transport, "BACKOFF_SECONDS", 0)
+    with pytest.raises(UnreachableError):
+        load(uri, cached=True, timeout=1)
+
+
+def test_settings_of_the_other_store_are_not_s3s(settings: Path) -> None:
+    write(settings, f'[object-storage]\nendpoint_url = "http://a"\n{OWN}')
+    assert store_settings("b") == StoreSettings()
+    told = StoreSettings("http://a", account_name="acc", account_key=KEY)
+    assert store_settings("b", AZURE) == told
+    write(settings, '[object-storage.b]\nendpoint_url = "http://a"\n')
+    assert store_settings("b") == store_settings("b", AZURE) == StoreSettings("http://a")
+
+
+def test_a_key_without_an_account(settings: Path, monkeypatch) -> None:
+    write(settings, f'[object-storage]\naccount_key = "{KEY}"\n')
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(AccessDeniedError, match="no storage account is named"):
+        load("az://c/b")

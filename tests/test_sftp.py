@@ -1,5 +1,6 @@
 """Files on hosts that SSH reaches: what `ssh` would do, and what sshd would bear."""
 
+import errno
 import logging
 import os
 import re
@@ -441,6 +442,13 @@ def test_what_is_in_a_folder(host: SFTPServer) -> None:
     with pytest.raises(CheckpointNotFoundError):
         list_objects(f"{host.url}/none")
 
+    def vanish(verb: str, path: str) -> None:
+        if verb == "list_folder" and path == "/run/deep":
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile")
+
+    host.fault = vanish
+    assert names(list_objects(f"{host.url}/run/", recursive=True)) == ["last.ckpt", "link.ckpt"]
+
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -533,11 +541,16 @@ def test_a_file_that_is_cut_on_the_host(host: SFTPServer) -> None:
     assert_same(load(f"{host.url}/run/last.ckpt"), CHECKPOINT)
 
 
-def test_a_rename_in_two_steps_that_fails_brings_the_old_file_back(host: SFTPServer) -> None:
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_rename_in_two_steps_that_fails_brings_the_old_file_back(
+    host: SFTPServer, is_lost: bool
+) -> None:
     host.posix_rename = False
 
     def fault(verb: str, path: str) -> None:
         if verb == "rename" and path.endswith(".part"):
+            if is_lost:
+                host.drop()
             raise OSError(28, "full")
 
     host.fault = fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
@@ -20,6 +21,9 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
         "was its upload or download complete?",
     ),
 )
+_DER = re.compile(  # a sequence in a sequence, which begins with X.509's version 3 (RFC 5280 4.1)
+    rb"0\x82..0(?:\x82..|\x81.)\xa0\x03\x02\x01\x02\x02", re.DOTALL
+)
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".mdl")
 _FEW = 3  # names that are told
 _EXPORTED = ("archive_format", "serialized_exported_program.json")  # of torch 2.7, and before
@@ -30,6 +34,8 @@ def what_begins(start: bytes) -> tuple[str, str]:
     for mark, what, remedy in _BEGINNINGS:
         if start.startswith(mark):
             return f"it is {what}", remedy
+    if _DER.match(start):
+        return "it is a certificate, in DER", "give the checkpoint's own path"
     return f"it begins with {start[:16]!r}, as no checkpoint does", "give a file of torch.save"
 
 

@@ -208,29 +208,30 @@ def bucket_and_key(text: str, path: str) -> tuple[str, str]:
     return bucket, key
 
 
-_URLS = ("http://", "https://", "file://")  # percent-encoded
+_URLS = ("http://", "https://", "file://", "webhdfs://")  # percent-encoded
 
 
 def sibling(uri: URI, name: str) -> URI:
     """Name another file beside one: in its newest version, with the same credentials."""
 
     def beside(value: str, is_url: bool) -> str:
-        has_query = is_url and not (uri.is_quoted or value.startswith("file:"))
+        has_query = is_url and not (uri.is_quoted or value.lower().startswith("file:"))
         path, mark, query = value.partition("?") if has_query else (value, "", "")
         folder = path[: len(path) - len(path.rpartition("/")[2])]
         return folder + (urllib.parse.quote(name) if is_url else name) + mark + query
 
     known = {each.name for each in fields(type(uri))}
     changes: dict[str, Any] = dict.fromkeys(known & {"version_id", "generation", "snapshot"})
-    is_encoded = uri.is_url or uri.is_quoted or uri.text.startswith(_URLS)
+    is_encoded = uri.is_url or uri.is_quoted or uri.text.lower().startswith(_URLS)
     changes["text"] = beside(uri.text, is_encoded)
     if uri.path_field != "text":
         changes[uri.path_field] = beside(path_of(uri), uri.is_url)
     return evolve(uri, **changes)
 
 
-_WITH_SAS = re.compile(  # Azure's signature of a URL
-    r"((?:az|azure|abfss?|wasbs?|https)://.*?)/?(\?(?:.*&)?sig=.*)|(.*?)/?", re.DOTALL
+_WITH_QUERY = re.compile(  # with Azure's signature of a URL, or Hadoop's token
+    r"((?:az|azure|abfss?|wasbs?|https)://.*?)/?(\?(?:.*&)?sig=.*)|(webhdfs://.*?)/?(\?.*)|(.*?)/?",
+    re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -248,8 +249,8 @@ def parse_folder(place: str | os.PathLike[str] | URI) -> URI:
     """
     if not isinstance(place, str | os.PathLike) or not os.fspath(place):
         return parse_uri(place)  # a URI; or it says what is wrong
-    signed, query, plain = _WITH_SAS.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
-    return sibling(parse_uri(f"{signed or plain}/-{query}"), "")
+    signed, sas, hadoop, query, plain = _WITH_QUERY.fullmatch(os.fspath(place)).groups("")  # type: ignore[union-attr] # every text matches
+    return sibling(parse_uri(f"{signed or hadoop or plain}/-{sas or query}"), "")
 
 
 @functools.singledispatch
@@ -463,6 +464,11 @@ class Buffers:
 class UnrangedError(Exception):
     """The place cannot give a part of an object: take it whole."""
 
+    def __init__(self, name: str | None = None) -> None:
+        """Take what a copy is to be called, if the place tells."""
+        super().__init__(name)
+        self.name = name
+
 
 class NoSuffixError(UnrangedError):
     """The place cannot give the end of an object of a size that is not known: ask by offset."""
@@ -669,7 +675,8 @@ def open_writer(uri: _Place, transport_params: Params = None) -> Writer:  # noqa
     raise InvalidURIError(
         uri,
         f"a {type(uri).__name__} cannot be written to",
-        "write to a path, s3://, gs://, az:// or sftp://, or add @open_writer.register",
+        "write to a path, s3://, gs://, az://, sftp://, ftp://, hdfs:// or webhdfs://, or add "
+        "@open_writer.register",
     )
 
 

@@ -43,6 +43,7 @@ from _anemoi_ckpt.places import (
 from _anemoi_ckpt.places.explained import explained, unless_missing
 from _anemoi_ckpt.places.responses import read_socket
 from _anemoi_ckpt.places.sessions import mounted
+from _anemoi_ckpt.places.settings import AZURE, StoreSettings, store_settings
 from _anemoi_ckpt.places.uploading import Requesting, Upload, committed
 
 # ── URI ───────────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +147,9 @@ def client_of(uri: AzureURI, params: Params) -> Any:
     if given:
         return given
     package = imported("azure.storage.blob", uri)
-    account = _Account(uri.account_url, uri.sas, uri)
+    told = _settings(uri)
+    url = uri.account_url or told.endpoint_url or (told.account_name and _url_of(told.account_name))
+    account = _Account(url, uri.sas, told, uri)
     return _make_client(package, account, timeout_of(params), environment("AZURE_"), os.getpid())
 
 
@@ -156,7 +159,37 @@ class _Account:
 
     url: str | None
     sas: str | None = field(repr=False)
+    settings: StoreSettings
     uri: AzureURI = field(eq=False)  # errors name it
+
+    @property
+    def name(self) -> str | None:
+        """The name of the account, in a URL of Azure's."""
+        return self.url and self.url.split("://")[1].split(".")[0]
+
+
+def _settings(uri: AzureURI) -> StoreSettings:
+    """Give Anemoi's settings of a container, unless the URL names another account, or a server."""
+    told = store_settings(uri.container, AZURE)
+    if uri.account_url is None:
+        return told
+    host = uri.account_url.removeprefix("https://")
+    is_own = is_azure_host(host) and told.account_name in {None, host.partition(".")[0]}
+    return told if is_own else StoreSettings()
+
+
+def _url_of(account: str) -> str:
+    return f"https://{account}.blob.core.windows.net"
+
+
+def _credential(asked: _Account, account: str | None) -> Any:
+    """Give what the URL or Anemoi's settings say; None if neither does."""
+    told = asked.settings
+    sas = asked.sas or (told.sas_token or "").removeprefix("?")
+    if sas or not told.account_key:
+        return sas or None
+    name = told.account_name or asked.name or account
+    return {"account_name": name, "account_key": told.account_key}
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,8 +212,10 @@ def _make_client(
     }
     connection = settings.get("AZURE_STORAGE_CONNECTION_STRING")
     account = settings.get("AZURE_STORAGE_ACCOUNT") or settings.get("AZURE_STORAGE_ACCOUNT_NAME")
-    name = asked.url and asked.url.split("://")[1].split(".")[0]
-    if connection and (not name or f"AccountName={name};" in f"{connection};"):
+    told = asked.settings
+    is_told = bool(told.sas_token or told.account_key or told.skip_signature)
+    is_own = not asked.name or f"AccountName={asked.name};" in f"{connection};"
+    if connection and is_own and not is_told:
         try:
             return package.BlobServiceClient.from_connection_string(connection, **options)
         except ValueError as err:
@@ -188,12 +223,15 @@ def _make_client(
             raise AccessDeniedError(asked.uri, problem, "copy it anew from Azure's portal") from err
     if not (asked.url or account):
         raise AccessDeniedError(asked.uri, "no storage account is named", AzureURI.credentials)
-    url = asked.url or f"https://{account}.blob.core.windows.net"
+    url = asked.url or _url_of(str(account))
+    credential = _credential(asked, account)
+    if is_told:
+        return package.BlobServiceClient(url, credential, **options)
     # credentials of the environment belong to the environment's account, and to no other
     known = is_azure_host(url.removeprefix("https://"))
     own = known and account and url.startswith(f"https://{account}.")
     key = settings.get("AZURE_STORAGE_KEY") or settings.get("AZURE_STORAGE_ACCOUNT_KEY")
-    credential = asked.sas or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
+    credential = credential or (own and (key or settings.get("AZURE_STORAGE_SAS_TOKEN"))) or None
     if known and not credential:
         credential = default_credential()
     return package.BlobServiceClient(url, credential, **options)

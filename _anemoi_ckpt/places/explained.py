@@ -9,9 +9,11 @@ from __future__ import annotations
 import email.utils
 import functools
 import json
+import re
 import ssl
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,8 +126,18 @@ def _is_replaced(said: _Complaint) -> bool:
 
 
 def _lacks_bucket(said: _Complaint) -> bool:
+    if said.code in _NO_BUCKET:
+        return True
     text = str(said.err).lower()
-    return said.code in _NO_BUCKET or (said.status == 404 and "bucket does not exist" in text)  # noqa: PLR2004 - as Google says it
+    return said.status == 404 and ("bucket does not exist" in text or _names_bucket(said.err))  # noqa: PLR2004 - the first as Google says it
+
+
+def _names_bucket(err: Any) -> bool:
+    """Tell whether GCS was asked for a listing or a new upload, whose URLs name no object."""
+    request = getattr(getattr(err, "response", None), "request", None)
+    path = urllib.parse.urlsplit(str(getattr(request, "url", ""))).path
+    is_first = getattr(request, "method", "") in {"GET", "POST"}  # parts of an upload are PUT
+    return is_first and re.fullmatch(r"(/upload)?/storage/v1/b/[^/]+/o", path) is not None
 
 
 def _is_missing(said: _Complaint) -> bool:
@@ -309,13 +321,16 @@ _EXCHANGES = ("request", "response", "_response")
 def without_secrets(err: BaseException) -> BaseException:
     """Give the error back, or its redacted text if it or one of its causes shows a secret.
 
-    The requests and responses that it and its causes hold are taken from them.
+    The requests and responses that it and its causes hold are taken from them, and what gives
+    access is cut out of their texts, such as the URL that urllib3's keep.
     """
     shown = "\n".join(f"{link} {getattr(link, 'url', '')}" for link in links(err))  # url: urllib3's
     if redact(shown) != shown:
         return RuntimeError(f"{type(err).__name__}: {redact(str(err))}")
     for link in links(err):
-        for name in vars(link).keys() & _EXCHANGES:
-            if not isinstance(vars(link)[name], dict):  # botocore's has the answer's headers alone
-                vars(link)[name] = None
+        for name, value in vars(link).items():
+            if isinstance(value, str):
+                vars(link)[name] = redact(value)
+            elif name in _EXCHANGES and not isinstance(value, dict):
+                vars(link)[name] = None  # botocore's, a dict, has the answer's headers alone
     return err

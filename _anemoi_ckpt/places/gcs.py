@@ -6,12 +6,14 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from http import HTTPStatus
 from types import ModuleType, SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
 from attrs import frozen
 
-from _anemoi_ckpt.errors import InvalidURIError
+from _anemoi_ckpt.errors import AccessDeniedError, InvalidURIError
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
@@ -259,13 +261,10 @@ def list_gcs_page(
 ) -> Page:
     """List with Objects: list, a thousand objects a page."""
     options = {"prefix": uri.name, "page_token": token, "delimiter": None if recursive else "/"}
-    patience = {"timeout": timeout_of(transport_params), "retry": None}
     if _generation(uri, transport_params):
         raise InvalidURIError(uri, "a generation names one object, not a folder", "leave it out")
     with explained(uri):
-        bucket = _bucket(uri, transport_params)
-        blobs = client_of(uri, transport_params).list_blobs(bucket, **options, **patience)
-        page = next(blobs.pages, ())
+        blobs, page = _first_page(uri, transport_params, **options)
         entries = [
             Entry.beneath(uri, blob.name, blob.size, blob.updated)
             for blob in page
@@ -273,6 +272,15 @@ def list_gcs_page(
         ]
         entries += [Entry.beneath(uri, prefix) for prefix in blobs.prefixes]
         return Page(entries, blobs.next_page_token)
+
+
+def _first_page(uri: GCSURI, transport_params: Params, **options: Any) -> tuple[Any, Any]:
+    """Ask for one page: a bucket that is not there has none, whatever the object."""
+    bucket, timeout = _bucket(uri, transport_params), timeout_of(transport_params)
+    listing = client_of(uri, transport_params).list_blobs(
+        bucket, timeout=timeout, retry=None, **options
+    )
+    return listing, next(listing.pages, ())
 
 
 # ── write ─────────────────────────────────────────────────────────────────────────────────────
@@ -300,9 +308,18 @@ def open_gcs_writer(uri: GCSURI, transport_params: Params = None) -> Writer:
 # ── remove ────────────────────────────────────────────────────────────────────────────────────
 
 
+_TELLING = re.compile("no such object|bucket does not exist", re.IGNORECASE)  # as Google says it
+
+
 @remove_object.register
 def remove_gcs(uri: GCSURI, transport_params: Params = None) -> None:
-    """Remove with Objects: delete."""
+    """Remove with Objects: delete. Other servers than Google's do not tell what is missing."""
+    timeout = timeout_of(transport_params)
     with unless_missing(uri):
-        blob = _blob(uri, transport_params)
-        blob.delete(timeout=timeout_of(transport_params), retry=None)
+        try:
+            _blob(uri, transport_params).delete(timeout=timeout, retry=None)
+        except Exception as err:
+            if getattr(err, "code", 0) == HTTPStatus.NOT_FOUND and not _TELLING.search(str(err)):
+                with suppress(AccessDeniedError), explained(uri):
+                    _first_page(uri, transport_params, max_results=1)
+            raise

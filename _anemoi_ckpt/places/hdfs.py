@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import re
 import shutil
 import subprocess
 import urllib.parse
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, BinaryIO, ClassVar, cast
 
@@ -16,24 +20,30 @@ from _anemoi_ckpt.errors import (
     CheckpointNotFoundError,
     InvalidURIError,
     MissingPackageError,
+    UnreachableError,
 )
 from _anemoi_ckpt.places import (
     URI,
     Buffers,
+    Entry,
+    Page,
     Params,
     UnrangedError,
     Version,
     Writer,
     check_params,
     imported,
+    list_page,
     open_stream,
     open_writer,
     pinned,
     read_range,
     read_version,
     register_scheme,
+    remove_object,
+    sibling,
 )
-from _anemoi_ckpt.places.explained import explain, explained, no_object
+from _anemoi_ckpt.places.explained import explain, explained, no_object, unless_missing
 from _anemoi_ckpt.places.http import HTTPURI, request
 from _anemoi_ckpt.places.parts import PartWriter, hidden_name
 from _anemoi_ckpt.places.responses import read_socket
@@ -52,8 +62,12 @@ class HDFSURI(URI):
 
     @property
     def location(self) -> str:
-        """What the program is told: without a host, that of its configuration."""
+        """What the program is told: without a host, that of its configuration.
+
+        It takes each path for a glob, with a backslash before what is none.
+        """
         scheme, _, rest = self.text.partition("://")
+        rest = re.sub(r"([*?{}\[\]\\])", r"\\\1", rest)
         return rest if rest.startswith("/") else f"{scheme.lower()}://{rest}"
 
 
@@ -61,8 +75,11 @@ class HDFSURI(URI):
 class WebHDFSURI(HTTPURI):
     """A file behind a name node: ``webhdfs://[user@]host:port/path[?delegation=…]``."""
 
+    path: str = ""
     operation: str = field(default="op=OPEN", repr=False)
 
+    path_field: ClassVar[str] = "path"
+    is_url: ClassVar[bool] = False  # the path is not; the text is
     writer_params: ClassVar[tuple[str, ...]] = ("min_part_size",)  # of smart-open's own writer
     credentials: ClassVar[str] = "give the user in the URL: webhdfs://user@host:port/path"
 
@@ -73,8 +90,7 @@ class WebHDFSURI(HTTPURI):
         user, at, host = given.netloc.rpartition("@")
         named = f"user.name={urllib.parse.quote(urllib.parse.unquote(user))}" if at else ""
         query = "&".join(filter(None, (self.operation, named, given.query)))
-        path = urllib.parse.quote(urllib.parse.unquote(given.path))
-        return f"http://{host}/webhdfs/v1{path}?{query}"
+        return f"http://{host}/webhdfs/v1{urllib.parse.quote(self.path)}?{query}"
 
 
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
@@ -91,7 +107,9 @@ def parse_hdfs(text: str) -> URI:
     is_web = scheme.lower() == "webhdfs"
     if (is_web and not host) or not path or path.endswith("/"):
         raise InvalidURIError(text, "names no file", f"write {scheme}://host:port/path/to/file")
-    return WebHDFSURI(text) if is_web else HDFSURI(text)
+    if not is_web:
+        return HDFSURI(text)
+    return WebHDFSURI(text, urllib.parse.unquote(urllib.parse.urlsplit(text).path))
 
 
 for _scheme in ("hdfs", "viewfs", "webhdfs"):
@@ -103,12 +121,26 @@ for _scheme in ("hdfs", "viewfs", "webhdfs"):
 _PROGRAM = "hdfs"
 
 
-def _opened(uri: HDFSURI, mode: str, params: Params) -> Any:
+def _require_program(uri: HDFSURI, params: Params) -> None:
     check_params(uri, params, writing=True)
     if shutil.which(_PROGRAM) is None:
         raise MissingPackageError(
             uri, f"the program {_PROGRAM} is not there", "install Hadoop's client, and set PATH"
         )
+
+
+def _ran(uri: HDFSURI, params: Params, *arguments: str) -> str:
+    """Run the program, and give what it prints."""
+    _require_program(uri, params)
+    command = [_PROGRAM, "dfs", *arguments]
+    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE)  # noqa: S603 - the user's own
+    if ended.returncode:
+        raise OSError(f"exit status {ended.returncode}")
+    return ended.stdout.decode(errors="surrogateescape")
+
+
+def _opened(uri: HDFSURI, mode: str, params: Params) -> Any:
+    _require_program(uri, params)
     hdfs = imported("smart_open.hdfs", uri)
     if not hasattr(hdfs.CliRawOutputBase, "terminate"):  # and no reader closes its pipe
         problem = "smart-open before 9 leaves half a file in Hadoop where a write fails"
@@ -148,6 +180,50 @@ def read_hdfs_range(
     raise UnrangedError
 
 
+_LISTED = re.compile(  # by FileSystemShell's ls: permissions, copies, owners, bytes, time, path
+    r"([d-])\S+ .*? (\d+) (\d{4}-\d\d-\d\d \d\d:\d\d) (.+)"
+)
+
+
+@list_page.register
+def list_hdfs_folder(
+    uri: HDFSURI,
+    token: str | None = None,  # noqa: ARG001 - a folder is one page
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List with `hdfs dfs -ls`, which tells times to the minute, in the zone of this machine."""
+    folder: Any = sibling(uri, "")
+    options = ["-R"] if recursive else []
+    with explained(folder):
+        printed = _ran(folder, transport_params, "-ls", *options, folder.location)
+    entries = []
+    for kind, size, time, path in _LISTED.findall(printed):
+        within = posixpath.relpath(_path(path), _path(folder.text))
+        beneath = posixpath.join(folder.text, within)
+        if not f"{beneath}/".startswith(uri.text):
+            continue
+        if kind == "d":
+            entries.append(Entry.beneath(uri, f"{beneath}/"))
+        else:
+            modified = datetime.strptime(time, "%Y-%m-%d %H:%M").astimezone(UTC)
+            entries.append(Entry.beneath(uri, beneath, int(size), modified))
+    return Page(entries)
+
+
+def _path(text: str) -> str:
+    """Give the path of a URL, or of what is one already."""
+    return "/" + re.sub(r"^\w+://[^/]*", "", text).strip("/")
+
+
+@remove_object.register
+def remove_hdfs_file(uri: HDFSURI, transport_params: Params = None) -> None:
+    """Remove with `hdfs dfs -rm`: into the trash, where Hadoop has one."""
+    with explained(uri):
+        _ran(uri, transport_params, "-rm", "-f", uri.location)
+
+
 @open_writer.register
 def open_hdfs_writer(uri: HDFSURI, transport_params: Params = None) -> Writer:
     """Write with `hdfs dfs -put`, which gives the file its name when all is written."""
@@ -160,18 +236,49 @@ def open_hdfs_writer(uri: HDFSURI, transport_params: Params = None) -> Writer:
 def _asked(uri: WebHDFSURI, method: str, operation: str, params: Params) -> Any:
     """Ask the name node; give what it says, if that is JSON."""
     with request(method, evolve(uri, operation=operation), params) as response:
-        response.raise_for_status()
+        _require_ok(response)
         return json.loads(response.content or b"{}")
+
+
+def _require_ok(response: Any) -> None:
+    if not response.ok:
+        _ = response.content  # in which the server says why: it is read before it is closed
+    response.raise_for_status()
+
+
+_BUSY = {"StandbyException", "SafeModeException", "RetriableException"}  # though they come with 403
+
+
+@explain.register
+def explain_webhdfs_error(
+    uri: WebHDFSURI, err: Exception, pin: Version | None = None
+) -> CheckpointError:
+    """Make a `CheckpointError` of an answer, with what the name node says in it."""
+    found = explain.dispatch(URI)(uri, err, pin)
+    try:
+        told = err.response.json()["RemoteException"]  # type: ignore[attr-defined] # of requests'
+        name, said = told["exception"], str(told["message"]).partition("\n")[0]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return found
+    if name in _BUSY:
+        remedy = "name the active name node, or try again later"
+        return UnreachableError(uri, f"the name node gives nothing now ({said})", remedy)
+    found.problem += f": {said}"
+    found.name_place(found.place)
+    return found
 
 
 def _sent(uri: WebHDFSURI, method: str, operation: str, data: bytes, params: Params) -> None:
     """Ask the name node for a data node, and send it the bytes."""
     with request(method, evolve(uri, operation=operation), params) as response:
-        response.raise_for_status()
-        location = response.headers.get("Location", "")
+        _require_ok(response)
+        location = response.headers.get("Location")
+    if location is None:
+        problem = "the server names no data node to write to"
+        raise CheckpointError(uri, problem, "is a name node, or HttpFS, at this port?")
     headers = {"Content-Type": "application/octet-stream"}
     with request(method, HTTPURI(location), params, headers, data) as response:
-        response.raise_for_status()
+        _require_ok(response)
 
 
 @read_version.register
@@ -199,9 +306,43 @@ def read_webhdfs_range(
     if length > 0:
         ranged = evolve(uri, operation=f"op=OPEN&offset={start}&length={length}")
         with explained(uri, pin), request("GET", ranged, transport_params) as response:
-            response.raise_for_status()
+            _require_ok(response)
+            if int(response.headers.get("Content-Length", length)) > length:
+                raise UnrangedError
             read_socket(response.raw, buffers)
     return version
+
+
+@list_page.register
+def list_webhdfs_folder(
+    uri: WebHDFSURI,
+    token: str | None = None,  # noqa: ARG001 - a folder is one page
+    transport_params: Params = None,
+    *,
+    recursive: bool = False,
+) -> Page:
+    """List a folder with LISTSTATUS, and those beneath it."""
+    with explained(uri):
+        found = _beneath(uri, posixpath.dirname(uri.path), transport_params, recursive=recursive)
+        return Page([Entry.beneath(uri, *each) for each in found if each[0].startswith(uri.path)])
+
+
+def _beneath(
+    uri: WebHDFSURI, folder: str, params: Params, *, recursive: bool
+) -> Iterator[tuple[str, int | None, datetime | None]]:
+    """Give path, size and time of what is in a folder."""
+    asked = evolve(uri, path=folder)
+    statuses = _asked(asked, "GET", "op=LISTSTATUS", params)["FileStatuses"]["FileStatus"]
+    for status in statuses:
+        path = posixpath.join(folder, status["pathSuffix"])
+        if status["type"] != "DIRECTORY":
+            modified = datetime.fromtimestamp(status["modificationTime"] / 1000, UTC)
+            yield path, status["length"], modified
+        elif recursive:
+            with unless_missing(uri):
+                yield from _beneath(uri, path, params, recursive=True)
+        else:
+            yield f"{path}/", None, None
 
 
 class _Part:
@@ -209,10 +350,7 @@ class _Part:
 
     def __init__(self, uri: WebHDFSURI, params: Params) -> None:
         self._uri, self._params = uri, params
-        given = urllib.parse.urlsplit(uri.text)
-        self._target = urllib.parse.unquote(given.path)
-        path = urllib.parse.quote(hidden_name(self._target))
-        self._part = evolve(uri, text=given._replace(path=path).geturl())
+        self._part: Any = sibling(uri, posixpath.basename(hidden_name(uri.path)))
 
     def begin(self) -> None:
         _sent(self._part, "PUT", "op=CREATE&overwrite=true", b"", self._params)
@@ -225,7 +363,7 @@ class _Part:
             raise EOFError(f"{size} bytes of {offset} are there")
 
     def finish(self, size: int, *, again: bool) -> None:
-        target = urllib.parse.quote(self._target, safe="")
+        target = urllib.parse.quote(self._uri.path, safe="")
         try:
             found = read_version(self._part, self._params).size
         except CheckpointNotFoundError:
@@ -251,3 +389,11 @@ def open_webhdfs_writer(uri: WebHDFSURI, transport_params: Params = None) -> Wri
     check_params(uri, transport_params, writing=True)
     params = {k: v for k, v in (transport_params or {}).items() if k != "min_part_size"}
     return committed(uri, None, partial(PartWriter, _Part(uri, params)))
+
+
+@remove_object.register
+def remove_webhdfs_file(uri: WebHDFSURI, transport_params: Params = None) -> None:
+    """Remove a file. DELETE takes an empty folder, too, so it is asked what is there before."""
+    with unless_missing(uri):
+        read_version(uri, transport_params)
+        _asked(uri, "DELETE", "op=DELETE", transport_params)

@@ -74,6 +74,11 @@ class HTTPURI(URI):
         return {}
 
     @property
+    def auth(self) -> Any:
+        """What signs a request, as requests has it, unless the caller says who asks; or None."""
+        return None
+
+    @property
     def tls(self) -> Mapping[str, Any]:
         """What requests is told of certificates: `verify`, `cert`."""
         return {}
@@ -151,6 +156,10 @@ def _auth(
         return imported("requests_kerberos", uri, "requests-kerberos").HTTPKerberosAuth()  # type: ignore[no-any-return] # of another package
     requests, pair = imported("requests", uri), (given.get("user"), given.get("password"))
     if pair == (None, None):
+        own = "authorization" in map(str.lower, given.get("headers") or {})
+        signer = None if own or session.auth else uri.auth
+        if signer is not None:
+            return signer  # type: ignore[no-any-return] # of a plug-in
         if "authorization" in map(str.lower, sent):
             return _unchanged  # otherwise requests would take what ~/.netrc has
         if session.auth:
@@ -301,7 +310,7 @@ def read_http_range(
         extent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         partial = response.status_code == 206 and extent  # noqa: PLR2004 - Partial Content
         if not partial or _codings(response):
-            raise NoSuffixError if offset < 0 else UnrangedError
+            raise NoSuffixError if offset < 0 else UnrangedError(_name(response))
         if offset < 0 and int(partial[2]) != int(partial[3]) - 1:
             raise NoSuffixError
         size = int(partial[3])

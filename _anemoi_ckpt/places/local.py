@@ -217,7 +217,8 @@ def _paths(folder: str, beginning: str, *, recursive: bool) -> Iterator[str]:
             path += "/"
         if path.startswith(beginning):
             deeper = recursive and each.is_dir(follow_symlinks=False)  # links may go in circles
-            yield from _paths(path, path, recursive=True) if deeper else [path]
+            with suppress(FileNotFoundError):
+                yield from _paths(path, path, recursive=True) if deeper else [path]
 
 
 def _entries(uri: LocalURI, path: str) -> Iterator[Entry]:

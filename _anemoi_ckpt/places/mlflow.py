@@ -17,6 +17,7 @@ from _anemoi_ckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     InvalidURIError,
+    MissingPackageError,
     UnreachableError,
 )
 from _anemoi_ckpt.places import (
@@ -70,9 +71,10 @@ class _NamedURL(HTTPURI):
     """A URL, under the name that the user gave."""
 
     location: str
-    authorization: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(factory=dict, repr=False, eq=False)
     verify: bool | str | None = None  # which certificates are trusted, as requests has it
     cert: str | None = None  # which is shown
+    signing: tuple[bool, str | None] = (False, None)  # by AWS, or by a plug-in of MLflow's
 
     path_field: ClassVar[str] = "location"
     credentials: ClassVar[str] = MLflowURI.credentials
@@ -82,12 +84,12 @@ class _NamedURL(HTTPURI):
         return self.location
 
     @property
-    def headers(self) -> Mapping[str, str]:
-        return {"Authorization": self.authorization} if self.authorization else {}
-
-    @property
     def tls(self) -> Mapping[str, Any]:
         return {"verify": self.verify, "cert": self.cert}
+
+    @property
+    def auth(self) -> Any:
+        return _signer(self, *self.signing)
 
 
 # ── parse ─────────────────────────────────────────────────────────────────────────────────────
@@ -132,6 +134,8 @@ def _client_of(uri: MLflowURI) -> Iterator[Any]:
         )
     with explained(uri):
         try:
+            if tracking.startswith(("http://", "https://")):
+                _signer(uri, *_signing(uri, tracking))  # or it says what is missing
             yield mlflow.MlflowClient()
         except mlflow.exceptions.MlflowException as err:
             status = err.get_http_status_code()
@@ -140,6 +144,30 @@ def _client_of(uri: MLflowURI) -> Iterator[Any]:
             kind = _error_of(status)
             remedy = "check the name, and MLFLOW_TRACKING_URI"
             raise kind(uri, f"{tracking} says: {err}", remedy) from without_secrets(err)
+
+
+def _signing(uri: URI, tracking: str) -> tuple[bool, str | None]:
+    """Tell what signs requests to the tracking server: AWS's signatures, or a plug-in."""
+    given = imported("mlflow.utils.credentials", uri).get_default_host_creds(tracking)
+    return bool(given.aws_sigv4), given.auth
+
+
+def _signer(uri: URI, by_aws: bool, plugin: str | None) -> Any:
+    """Make what signs requests, as MLflow's client makes it; None if nothing does.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    if by_aws:
+        package = "requests-auth-aws-sigv4"
+        return imported(package.replace("-", "_"), uri, package).AWSSigV4("execute-api")
+    if plugin is None:
+        return None
+    found = imported("mlflow.tracking.request_auth.registry", uri).fetch_auth(plugin)
+    if found is None:
+        problem = f"MLFLOW_TRACKING_AUTH is {plugin!r}, and no such plug-in of MLflow is installed"
+        raise MissingPackageError(uri, problem, "install it, or unset MLFLOW_TRACKING_AUTH")
+    return found
 
 
 def _error_of(status: int) -> type[CheckpointError]:
@@ -308,12 +336,18 @@ def _proxied(uri: MLflowURI, location: str, query: Mapping[str, str] | None = No
 def _with_credentials(uri: MLflowURI, url: str, tracking: str) -> URI:
     """Add what MLflow's client sends and trusts: of the environment, or ~/.mlflow/credentials."""
     given = imported("mlflow.utils.credentials", uri).get_default_host_creds(tracking)
-    authorization = f"Bearer {given.token}" if given.token else None
+    headers = imported("mlflow.tracking.request_header.registry", uri).resolve_request_headers()
+    workspace = imported("mlflow.utils.workspace_context", uri).get_request_workspace()
+    if workspace:
+        headers["X-MLFLOW-WORKSPACE"] = workspace
+    if given.token:
+        headers["Authorization"] = f"Bearer {given.token}"
     if given.username and given.password:  # in MLflow's order
         pair = f"{given.username}:{given.password}".encode()
-        authorization = "Basic " + base64.b64encode(pair).decode()
+        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
     verify = None if given.verify is True else given.verify  # then REQUESTS_CA_BUNDLE holds
-    return _NamedURL(uri.text, url, authorization, verify, given.client_cert_path)
+    signing = _signing(uri, tracking)
+    return _NamedURL(uri.text, url, headers, verify, given.client_cert_path, signing)
 
 
 # ── list ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""What Anemoi's settings say of S3: endpoint and keys, for all buckets or for some."""
+"""What Anemoi's settings say of S3 and Azure: endpoint and keys, for all buckets or for some."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from _anemoi_ckpt.errors import CheckpointError, MissingPackageError
 
 _SECTION = "object-storage"
 _PREFIX = "ANEMOI_SETTINGS_OBJECT_STORAGE__"
-_OTHERS = frozenset({"type", "account_name", "account_key", "sas_token"})  # not of S3
+_OTHERS = frozenset({"type"})  # which anemoi-utils itself ignores
+S3 = frozenset({"access_key_id", "secret_access_key", "region"})  # settings of this store alone
+AZURE = frozenset({"account_name", "account_key", "sas_token"})  # likewise
 _TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})  # as pydantic reads a flag
 _SECRET = ("access_key_id", "secret_access_key", "account_name", "account_key", "sas_token")
 
 
 @frozen
 class StoreSettings:
-    """How to reach a bucket; what is None, boto3 finds by itself."""
+    """How to reach a bucket or container; what is None, the SDK or the environment tells."""
 
     endpoint_url: str | None = None
     access_key_id: str | None = field(default=None, repr=False)
     secret_access_key: str | None = field(default=None, repr=False)
     region: str | None = None
     skip_signature: bool = False
+    account_name: str | None = field(default=None, repr=False)
+    account_key: str | None = field(default=None, repr=False)
+    sas_token: str | None = field(default=None, repr=False)
 
 
 _KINDS = {
@@ -44,11 +49,17 @@ def settings_path() -> Path:
     return path.with_suffix(".toml")
 
 
-def store_settings(bucket: str) -> StoreSettings:
+def store_settings(bucket: str, store: frozenset[str] = S3) -> StoreSettings:
     """Tell how to reach a bucket: by the one section whose glob it matches, else by all buckets'.
 
     As anemoi-utils has it: the environment comes before the file with secrets, and that before the
-    other; a bucket's own section stands alone. Each file may be one of TOML or of YAML.
+    other; a bucket's own section stands alone. Each file may be one of TOML or of YAML. What names
+    keys or regions of the other store alone is that one's, and so is an endpoint of all buckets
+    without any: it is S3's.
+
+    Args:
+        bucket: or container.
+        store: `S3` or `AZURE`.
 
     Raises:
         MissingPackageError: a file is of YAML, and PyYAML is not installed.
@@ -78,6 +89,9 @@ def store_settings(bucket: str) -> StoreSettings:
         chosen = {name: value for name, value in merged.items() if not isinstance(value, dict)}
         chosen |= _of_environment()
     kept = {name: value for name, value in chosen.items() if name in _KINDS and value != ""}
+    is_others = not kept.keys().isdisjoint((S3 | AZURE) - store)
+    if kept.keys().isdisjoint(store) and (is_others or (store is AZURE and not matching)):
+        return StoreSettings()
     if ("access_key_id" in kept) != ("secret_access_key" in kept):
         problem = f"for the bucket {bucket} it has one of access_key_id and secret_access_key"
         raise CheckpointError(path, problem, "give both, or neither")

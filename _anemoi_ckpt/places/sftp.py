@@ -321,7 +321,8 @@ def _beneath(
                 status = sftp.stat(path)
         if stat.S_ISDIR(status.st_mode or 0):
             if recursive and not is_link:
-                yield from _beneath(sftp, path, "", recursive=True)
+                with suppress(FileNotFoundError):
+                    yield from _beneath(sftp, path, "", recursive=True)
             else:
                 yield f"{path}/", None, None
         elif not stat.S_ISLNK(status.st_mode or 0):  # which leads nowhere
@@ -371,8 +372,16 @@ class _Part:
                 _replace(sftp, path, self._target)
 
     def remove(self) -> None:
-        with _channel(self._uri, self._params) as sftp, suppress(FileNotFoundError):
-            sftp.remove(self._path)
+        with _channel(self._uri, self._params) as sftp:
+            with suppress(OSError):  # nothing is aside, or the target is there
+                sftp.rename(_aside(self._path), self._target)
+            with suppress(FileNotFoundError):
+                sftp.remove(self._path)
+
+
+def _aside(path: str) -> str:
+    """Name what a target is called while another file takes its place in two steps."""
+    return f"{path}.old"
 
 
 def _is_there(sftp: Any, path: str) -> bool:
@@ -390,7 +399,7 @@ def _replace(sftp: Any, path: str, target: str) -> None:
     except OSError as err:
         if err.errno is not None:
             raise
-        aside = f"{path}.old"
+        aside = _aside(path)
         with suppress(FileNotFoundError):
             sftp.rename(target, aside)
         try:
