@@ -22,7 +22,7 @@ from _anemoi_ckpt.matching import (
     migration_advice,
     tensors_of,
 )
-from _anemoi_ckpt.tables import Table, folded, section
+from _anemoi_ckpt.tables import Table, folded, section, sized
 from _anemoi_ckpt.variables import compare, paired, read_model, recast, with_roles
 
 
@@ -54,10 +54,10 @@ class Report(Table):
     times: Mapping[str, tuple[str, str]] = {}
 
     def _rows(self) -> list[tuple[str, str]]:
-        moved, stored = self.bytes_moved / 1e6, self.bytes_stored / 1e6
         rows = [("checkpoint", self.place)]
-        if stored:  # zero for a checkpoint in memory
-            rows.append(("moved", f"{moved:,.1f} of {stored:,.1f} MB in {self.seconds:.2f} s"))
+        if self.bytes_stored:  # zero for a checkpoint in memory
+            moved, stored = sized(self.bytes_moved), sized(self.bytes_stored)
+            rows.append(("moved", f"{moved} of {stored} in {self.seconds:.2f} s"))
         sections: dict[str, Sequence[str]] = {
             "loaded": folded(self.loaded),
             "missing": folded(self.missing),
