@@ -56,6 +56,14 @@ def pinned(session: nox.Session) -> None:
         session.run("pytest", "--cov", "--cov-append", "tests/test_anemoi_019.py")
 
 
+@nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """Build the pages of docs: each warning is an error."""
+    session.install("-c", "constraints.txt", "mkdocs-material", "mkdocstrings[python]", "ruff")
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--quiet", "--site-dir", str(Path(session.create_tmp(), "site")))
+
+
 # ── what costs some gigabytes ─────────────────────────────────────────────────────────────────
 
 

@@ -1,4 +1,4 @@
-"""Make the pictures of README: what `peek`, `plan` and `diff` show in a notebook.
+"""Make the pictures of docs/how-to/inspect.md: what `peek`, `plan` and `diff` show in a notebook.
 
     apt-get install chromium && python docs/screenshots.py
 

@@ -1,4 +1,4 @@
-"""Average the last five checkpoints of a run, without moving any optimizer state.
+"""Average the last five checkpoints of a run, without moving any optimizer state. Needs no extra.
 
 python examples/average.py
 """

@@ -1,4 +1,4 @@
-"""A place of one's own: a checkpoint in a tar archive, read where it lies, by range.
+"""Read a checkpoint in a tar archive by ranges: a place of one's own. Needs no extra.
 
 python examples/custom_place.py
 """

@@ -1,6 +1,6 @@
-"""Choose a checkpoint and its strategies in a Hydra configuration.
+"""Choose a checkpoint and its strategies in a Hydra configuration. Needs Hydra.
 
-python examples/hydra_config.py [pretrained=s3://bucket/last.ckpt]
+pip install hydra-core && python examples/hydra_config.py [pretrained=s3://bucket/last.ckpt]
 """
 
 import functools
@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize
-from hydra.utils import instantiate
 
 from anemoi_ckpt import load_into
+
+try:
+    from hydra import compose, initialize
+    from hydra.utils import instantiate
+except ImportError as err:
+    raise SystemExit("this example needs Hydra: pip install hydra-core") from err
 
 
 def main(overrides: list[str]) -> None:

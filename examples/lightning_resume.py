@@ -1,6 +1,6 @@
-"""Go on with a Lightning run whose checkpoint is elsewhere: `Trainer(plugins=[checkpoint_io()])`.
+"""Resume a Lightning run whose checkpoint is elsewhere. Needs Lightning.
 
-python examples/lightning_resume.py
+pip install lightning && python examples/lightning_resume.py
 """
 
 import logging
@@ -8,11 +8,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import lightning
 import torch
 from quickstart import Server
 
 from anemoi_ckpt import checkpoint_io
+
+try:
+    import lightning
+except ImportError as err:
+    raise SystemExit("this example needs Lightning: pip install lightning") from err
 
 
 class Net(lightning.LightningModule):

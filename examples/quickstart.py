@@ -1,4 +1,4 @@
-"""Train a few steps, serve the checkpoint over HTTP, and load its weights, counting bytes."""
+"""Train, serve the checkpoint over HTTP, load its weights, count bytes. Needs no extra."""
 
 import http.server
 import re

@@ -1,4 +1,4 @@
-"""Transfer learning with Anemoi: a variable more for a trained model, and training goes on.
+"""Give a trained model of Anemoi one variable more, and train on. Needs anemoi-models.
 
 pip install -c constraints.txt -e '.[anemoi]' && python examples/transfer_anemoi.py
 """
@@ -13,6 +13,11 @@ import torch
 
 from anemoi_ckpt import load_into
 from strategies import transfer_learning
+
+try:
+    import anemoi.models  # noqa: F401
+except ImportError as err:
+    raise SystemExit("this example needs anemoi-models: pip install anemoi-models") from err
 
 FORCING, DIAGNOSTIC = ["cos_lat"], ["tp"]
 BEFORE = ["t_850", "z_500", "msl", "tp", "cos_lat"]

@@ -1,4 +1,4 @@
-"""Verify all checkpoints of a run at once, with Dask, and tabulate what was found.
+"""Verify all checkpoints of a run at once, with Dask, and tabulate it. Needs Dask.
 
 pip install distributed && python examples/verify_run.py [FOLDER OR GLOB]
 
@@ -13,9 +13,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from distributed import Client, LocalCluster
 
 from anemoi_ckpt import Verified, find, save, verify
+
+try:
+    from distributed import Client, LocalCluster
+except ImportError as err:
+    raise SystemExit("this example needs Dask: pip install distributed") from err
 
 
 def main() -> None:

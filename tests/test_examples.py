@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import hydra
 import nbclient
 import nbformat
@@ -28,7 +28,6 @@ import torch
 import _anemoi_ckpt.places
 import anemoi_ckpt
 import needs
-import servers
 import strategies
 from anemoi_ckpt import (
     CheckpointNotFoundError,
@@ -40,10 +39,7 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
-
-ROOT = Path(anemoi_ckpt.__file__).parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"(?:<!-- test: (\w+) -->\n)?```python\n(.*?)```", README, re.DOTALL)
+from pages import ALL, PAGES, ROOT, fences, marked
 
 
 @pytest.mark.parametrize(
@@ -97,20 +93,14 @@ def stores(s3, gcs, azure) -> Callable[[str], str]:
     return placed
 
 
-def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
-    s3,
-    gcs,
-    stores: Callable[[str], str],
-    http_server: servers.HTTPServer,
-    tmp_path: Path,
-    monkeypatch,
-    capsys,
-) -> None:
-    """Runs all blocks but those that have a test of their own, one after the other."""
+@pytest.fixture
+def shown(  # noqa: PLR0913, PLR0917 - all places that the pages name
+    s3, gcs, stores, http_server, tmp_path: Path, monkeypatch
+) -> dict[str, Any]:
+    """The checkpoints that the pages name, and the names that they leave open."""
     model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 4), "head": torch.nn.Linear(4, 1)})
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     scheduler.step()
@@ -124,47 +114,96 @@ def test_readme(  # noqa: PLR0913, PLR0917 - all places that README names
             "config": omegaconf.OmegaConf.create({"training": {"lr": 0.1}}),
         },
     }
-    gcs.write("run/last.ckpt", as_bytes(checkpoint))
+    data = as_bytes(checkpoint)
+    gcs.write("run/last.ckpt", data)
     for key in ("run/inference-last.ckpt", "run/last.ckpt", "last.ckpt"):
         s3.sdk.put_object(Bucket="bucket", Key=key, Body=with_metadata(checkpoint))
     for name in ("last.ckpt", "pretrained.ckpt"):
-        http_server.put(name, as_bytes(checkpoint))
-    scope: dict[str, Any] = {
-        "boto3": boto3,
+        http_server.put(name, data)
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/last.ckpt").write_bytes(data)
+    torch.save(model, "inference-last.ckpt")
+    return {
         "session": requests.Session(),
         "token": "t",
         "uri": "s3://bucket/last.ckpt",
         "model": model,
         "optimizer": optimizer,
         "scheduler": scheduler,
+        "kept": checkpoint,
     }
-    (tmp_path / "run").mkdir()
-    monkeypatch.chdir(tmp_path)
-    torch.save(model, "inference-last.ckpt")
-    exec("from strategies import warm_start", scope)
-    for mark, block in BLOCKS:
-        if not mark:
-            exec(stores(block.replace("https://host", http_server.url)), scope)
-    assert scope["checkpoint"].keys() == checkpoint.keys() - {"optimizer_states", "lr_schedulers"}
-    assert_same(scope["checkpoint"]["state_dict"], checkpoint["state_dict"])
-    assert_same(scope["state_dict"], checkpoint["state_dict"])
-    assert_same(scope["last"], checkpoint["state_dict"]["head.weight"])
-    assert {t.dtype for t in scope["half"].values()} == {torch.float16}
-    assert list(scope["encoder"]) == ["encoder.weight", "encoder.bias"]
-    assert scope["report"].restored == ("optimizer", "scheduler")
-    assert_same(load(stores("az://container/weights.safetensors")), {**checkpoint["state_dict"]})
-    assert scope["held"]["data_indices"]["data"].name_to_index["t_850"] == 0
-    assert scope["held"]["config"].training.lr == 0.1
-    assert metadata("s3://bucket/run/light.ckpt")["run_id"] == "5f2c"
-    commands = re.findall(r"^anemoi-ckpt (.*)$", README, re.MULTILINE)
+
+
+ENCODER = ["encoder.weight", "encoder.bias"]
+PROVEN: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "README.md": lambda scope: scope["report"].missing == () and list(scope["encoder"]) == ENCODER,
+    "docs/index.md": lambda scope: scope["report"].loaded == tuple(scope["state_dict"]),
+    "docs/tutorial.md": lambda scope: scope["report"].restored == ("optimizer",),
+    "docs/how-to/convert.md": lambda _: metadata("s3://bucket/run/light.ckpt")["run_id"] == "5f2c",
+    "docs/how-to/files.md": lambda scope: (
+        scope["path"].read_bytes() == Path("run/last.ckpt").read_bytes()
+    ),
+    "docs/how-to/inspect.md": lambda scope: "plan" in scope,
+    "docs/how-to/models.md": lambda scope: scope["report"].restored == ("optimizer", "scheduler"),
+    "docs/how-to/networks.md": lambda scope: "load" in scope,
+    "docs/how-to/places.md": lambda scope: scope["entry"].size > 0,
+    "docs/how-to/ranks.md": lambda scope: list(scope["state_dict"])[:2] == ENCODER,
+    "docs/how-to/strategies.md": lambda scope: (
+        {t.dtype for t in scope["half"].values()} == {torch.float16}
+        and torch.equal(scope["last"], scope["kept"]["state_dict"]["head.weight"])
+        and list(scope["encoder"]) == ENCODER
+    ),
+    "docs/how-to/trust.md": lambda scope: scope["held"]["config"].training.lr == 0.1,
+    "docs/reference/functions.md": lambda scope: "load" in scope,
+    "docs/reference/strategies.md": lambda scope: "weights" in scope,
+}
+
+
+def test_every_page_with_code_is_run() -> None:
+    with_code = {
+        name
+        for name, text in PAGES.items()
+        if any(language == "python" and not mark for mark, language, _ in fences(text))
+    }
+    assert with_code == PROVEN.keys()
+
+
+@pytest.mark.parametrize("page", PROVEN)
+def test_page(page: str, shown, stores, http_server, capsys) -> None:
+    """Runs its blocks one after the other, but those that have a test of their own."""
+    before = ""
+    for mark, language, text in fences(PAGES[page]):
+        if language == "python" and not mark:
+            capsys.readouterr()
+            exec(stores(text.replace("https://host", http_server.url)), shown)
+            before = capsys.readouterr().out
+        elif language == "text" and page == "docs/tutorial.md":
+            assert settled(before) == settled(text)
+    assert PROVEN[page](shown)
+
+
+def settled(text: str) -> list[str]:
+    """Give what a program printed without what the versions of Python and torch change."""
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    return [re.sub(r"[0-9.]+ k?B|torch .*|Adam or |; is it one of .*", "", line) for line in lines]
+
+
+def test_commands(shown, stores, capsys) -> None:
+    shells = "".join(text for _, language, text in fences(ALL) if language == "bash")
+    commands = re.findall(r"^anemoi-ckpt (.*)$", shells, re.MULTILINE)
     for command in commands:
         assert main(shlex.split(stores(command), comments=True)) == 0, capsys.readouterr().err
     assert len(commands) == 10
     assert load("light.safetensors")["head.weight"].dtype is torch.bfloat16
-    assert list(load(stores("gs://bucket/encoder.ckpt"), strategies.weights)) == [
-        "encoder.weight",
-        "encoder.bias",
-    ]
+    names = list(load(stores("gs://bucket/encoder.ckpt"), strategies.weights))
+    assert names == ENCODER
+    listed = re.findall(r"^    (\w+) ", PAGES["docs/reference/shell.md"], re.MULTILINE)
+    assert {command.split()[0] for command in commands} < set(listed)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", printed, re.MULTILINE) for name in listed)
 
 
 def with_metadata(checkpoint: Any) -> bytes:
@@ -178,7 +217,9 @@ def test_readme_hydra(s3, stores: Callable[[str], str]) -> None:
     state = {"encoder.w": torch.ones(3), "decoder.w": torch.ones(4)}
     checkpoint = {"epoch": 3, "state_dict": state, "optimizer_states": [torch.ones(9)]}
     s3.sdk.put_object(Bucket="bucket", Key="run/last.ckpt", Body=as_bytes(checkpoint))
-    first, second, callback = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    pages = ("docs/how-to/hydra.md", "docs/how-to/anemoi.md")
+    blocks = [block for page in pages for block in fences(PAGES[page])]
+    first, second, callback = (text for _, language, text in blocks if language == "yaml")
     result = hydra.utils.instantiate(omegaconf.OmegaConf.create(first))
     assert_same(result, {"epoch": 3, "state_dict": {"encoder.w": torch.ones(3)}})
     strategy = hydra.utils.instantiate(omegaconf.OmegaConf.create(second))(
@@ -194,12 +235,14 @@ def test_readme_hydra(s3, stores: Callable[[str], str]) -> None:
 
 
 def test_readme_names_every_strategy() -> None:
-    assert [name for name in strategies.__all__ if f"`{name}" not in README] == []
+    assert [
+        name for name in strategies.__all__ if f"`{name}" not in PAGES["docs/how-to/strategies.md"]
+    ] == []
 
 
 def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
     lightning = needs.package("lightning.pytorch", "pip install lightning")
-    (text,) = [block for mark, block in BLOCKS if mark == "lightning"]
+    text = marked("lightning")
     module = importlib.import_module("lightning.pytorch.demos.boring_classes").BoringModel()
     monkeypatch.chdir(tmp_path)
     for entry in list_objects("s3://bucket/run/"):  # of other tests
@@ -219,7 +262,7 @@ def test_readme_lightning(stores, tmp_path: Path, monkeypatch) -> None:
 
 def test_readme_place_of_ones_own() -> None:
     fsspec = needs.package("fsspec", "pip install fsspec")
-    (text,) = [block for mark, block in BLOCKS if mark == "fsspec"]
+    text = marked("fsspec")
     checkpoint = {"state_dict": {"w": torch.arange(500_000.0)}, "optimizer_states": torch.ones(9)}
     fsspec.filesystem("memory").pipe_file("/run/last.ckpt", as_bytes(checkpoint))
     scope: dict[str, Any] = {"__name__": "readme"}
@@ -237,8 +280,19 @@ def test_readme_place_of_ones_own() -> None:
 def test_readme_names_what_there_is() -> None:
     for name in anemoi_ckpt.__all__:
         if name.endswith("Error") and name != "CheckpointError":
-            assert f"| `{name}` | `{getattr(anemoi_ckpt, name).__mro__[2].__name__}` |" in README
-    assert "@@" not in README
+            assert f"| `{name}` | `{getattr(anemoi_ckpt, name).__mro__[2].__name__}` |" in ALL
+    assert "@@" not in ALL
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    figures = runpy.run_path(str(ROOT / "docs/figures.py"))
+    assert figures["speed"]() == (ROOT / "docs/images/speed.svg").read_text("utf-8")
+    entries = json.loads((ROOT / "docs/figures/load.json").read_text("utf-8"))
+    for entry in entries:
+        _, page = PAGES["docs/figures.md"].split(f"**{entry['scenario']}**")
+        row = f"| {entry['competitor']} | {entry['seconds']:.2f} |"
+        assert row in page.split("**")[0]
+    assert len(entries) == 25
 
 
 def test_quickstart() -> None:
@@ -287,6 +341,27 @@ def test_examples(name: str, said: str) -> None:
     if name == "transfer_anemoi":
         known, scratch, transferred, further = map(float, re.findall(r"loss ([\d.]+)", done.stdout))
         assert max(known, transferred, further) < scratch / 5
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [
+        ("hydra_config", "hydra", "hydra-core"),
+        ("lightning_resume", "lightning", "lightning"),
+        ("transfer_anemoi", "anemoi.models", "anemoi-models"),
+        ("verify_run", "distributed", "distributed"),
+    ],
+)
+def test_an_example_says_what_it_needs(name: str, package: str, install: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"^this example needs .*: pip install {install}$"):
+        runpy.run_path(str(ROOT / f"examples/{name}.py"))
+
+
+def test_each_example_says_in_its_first_line_what_it_needs() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        assert re.search(r"Needs [\w -]+\.", path.read_text("utf-8").splitlines()[0]), path
 
 
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own

@@ -23,6 +23,7 @@ import _anemoi_ckpt.transport
 import servers
 from anemoi_ckpt import CheckpointError, download, load, peek
 from checkpoints import as_bytes, assert_same
+from pages import PAGES
 from servers import Fault, Request
 from strategies import weights
 
@@ -311,5 +312,4 @@ def test_the_table_in_readme(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("some cells were not run")
     with capsys.disabled():
         sys.stdout.write(f"\n{table()}\n")
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
-    assert f"<!-- faults -->\n{table()}\n<!-- /faults -->" in readme
+    assert f"<!-- faults -->\n{table()}\n<!-- /faults -->" in PAGES["docs/faults.md"]

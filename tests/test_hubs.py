@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import sys
 import traceback
 import types
@@ -18,7 +17,6 @@ import torch
 
 import _anemoi_ckpt.places
 import _anemoi_ckpt.transport
-import anemoi_ckpt
 import needs
 import servers
 import strategies
@@ -59,6 +57,7 @@ from anemoi_ckpt import (
 )
 from checkpoints import as_bytes, assert_same
 from hub import Hub, running_hub, running_mlflow
+from pages import marked
 from strategies import include, weights
 
 # ── Hugging Face ──────────────────────────────────────────────────────────────────────────────
@@ -955,8 +954,6 @@ def test_mlflow_that_is_not_installed(monkeypatch) -> None:
 
 
 def test_readme_hubs(hub: Hub, tracked, tmp_path: Path) -> None:
-    text = (Path(anemoi_ckpt.__file__).parent / "README.md").read_text("utf-8")
-    (block,) = re.findall(r"<!-- test: hubs -->\n```python\n(.*?)```", text, re.DOTALL)
     state = {"encoder.w": torch.ones(3), "decoder.w": torch.ones(4)}
     index = {"weight_map": dict.fromkeys(state, "model-1.safetensors")}
     files = {
@@ -974,7 +971,7 @@ def test_readme_hubs(hub: Hub, tracked, tmp_path: Path) -> None:
     tracked.set_registered_model_alias("weather", "champion", "1")
     results = [
         eval(line, {**strategies.__dict__, "load": load, "run_id": run_id})
-        for line in block.splitlines()
+        for line in marked("hubs").splitlines()
     ]
     wanted = [{"encoder.w": torch.ones(3)}, state, {"state_dict": state}]
     for result, expected in zip(results, wanted, strict=True):

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import re
 import socket
 import sys
 import threading
@@ -19,7 +18,6 @@ import torch
 import _anemoi_ckpt.places.parts
 import _anemoi_ckpt.places.ssh
 import _anemoi_ckpt.transport
-import anemoi_ckpt
 import needs
 import servers
 from _anemoi_ckpt.places import Buffers, read_range, read_version, sibling
@@ -49,6 +47,7 @@ from anemoi_ckpt import (
     save,
 )
 from checkpoints import as_bytes, assert_same
+from pages import marked
 from strategies import weights
 from test_secrets import told, ways
 
@@ -592,14 +591,12 @@ def test_paramiko_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_readme_hosts(host: SFTPServer) -> None:
-    text = (Path(anemoi_ckpt.__file__).parent / "README.md").read_text("utf-8")
-    (block,) = re.findall(r"<!-- test: ssh -->\n```python\n(.*?)```", text, re.DOTALL)
     host.users_key = paramiko.ECDSAKey.generate()
     (host.folder / "scratch").mkdir()
     (host.folder / "run").rename(host.folder / "scratch/run")
     host.users_key.write_private_key_file(str(Path.home() / "key"))
     config(f"Host hpc-login\n HostName 127.0.0.1\n Port {host.port}\n IdentityFile ~/key\n")
     checkpoint = {"epoch": 4}
-    exec(block, {"load": load, "save": save, "weights": weights, "checkpoint": checkpoint})
+    exec(marked("ssh"), {"load": load, "save": save, "weights": weights, "checkpoint": checkpoint})
     assert load("sftp://me@hpc-login/scratch/run/small.ckpt") == checkpoint
     host.users_key = None

@@ -16,6 +16,7 @@ import needs
 import strategies
 from anemoi_ckpt import MismatchError, Report, load, load_into
 from checkpoints import assert_same, quiet_trainer
+from pages import ALL, marked
 from strategies import (
     Strategy,
     align_variables,
@@ -37,7 +38,6 @@ from strategies import (
 from weather import KINDS, Variables, graph, interface
 
 needs.anemoi()
-README = (Path(strategies.__file__).parent / "README.md").read_text()
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies, some dozens
 
 ERA5 = Variables(
@@ -563,8 +563,8 @@ def test_reports_are_made_of_what_they_tell(path: Path) -> None:
 
 
 def test_readme(tmp_path: Path) -> None:
-    (block,) = re.findall(r"<!-- test: variables -->\n```python\n(.*?)```", README, re.DOTALL)
-    (shown,) = re.findall(r"```text\n(aligned.*?)```", README, re.DOTALL)
+    block = marked("variables")
+    (shown,) = re.findall(r"```text\n(aligned.*?)```", ALL, re.DOTALL)
     before = Variables(("t_850", "z_500", "msl", "tp"), ())
     old, new = Plain(before), Plain(Variables(("z_500", "t_925", "t_850", "tp"), ()))
     held = {"data_indices": old.model.data_indices}

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import servers
-import strategies
 from anemoi_ckpt import MismatchError, load, load_into
 from checkpoints import assert_same
+from pages import marked
 from strategies import (
     add_prefix,
     align_variables,
@@ -41,8 +41,6 @@ from strategies import (
     warm_start,
     weights,
 )
-
-README = (Path(strategies.__file__).parent / "README.md").read_text()
 
 OLD = {"t": 0, "z": 1, "cos": 2, "tp": 3}
 NEW = {"z": 0, "q": 1, "t": 2, "sol": 3, "cos": 4}  # moved, two new, tp gone
@@ -692,7 +690,7 @@ def test_another_variable_at_the_same_place_is_refused(path: Path) -> None:
 
 
 def test_readme(tmp_path: Path) -> None:
-    (block,) = re.findall(r"<!-- test: layout -->\n```python\n(.*?)```", README, re.DOTALL)
+    block = marked("layout")
     old, new = (
         nn.ModuleDict({"encoder": nn.Linear(inputs, 3), "decoder": nn.Linear(3, 2)})
         for inputs in (8, 10)
