@@ -9,7 +9,7 @@ PROMPT = ">>> "
 
 
 def with_heading(docstring: str) -> str:
-    """Put a docstring's last paragraphs, which are doctests, below the heading that Google's has."""
+    """Put the doctests at the end of a docstring below the heading of Google's style."""
     before, prompt, doctests = docstring.partition(f"\n{PROMPT}")
     code, see, after = doctests.partition("\n\nSee Also:")
     if not prompt:
