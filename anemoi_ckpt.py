@@ -220,46 +220,50 @@ def load(  # noqa: PLR0913 - by keyword
 ) -> Any:
     """Load a checkpoint, moving only the bytes that survive the strategies.
 
-    ``load(uri, f, g)`` equals ``g(f(load(uri)))``. Tensors come on the CPU, bit for bit as
-    `torch.load` gives them; each record is checked against its CRC-32. No code of the
-    checkpoint runs, and none of its classes need be installed: what torch does not know to be
-    safe comes as `Inert` data. Formats: torch's zip, torch's before 1.6, TorchScript (its state
-    dict), safetensors; told by content. The strategies run at least twice: on a hollow
-    checkpoint, whose tensors are on the meta device, to see what is needed, and on the real one.
+    ``load(uri, f, g)`` equals ``g(f(load(uri)))``. Tensors are on the CPU, bit for bit as
+    `torch.load` gives them. Each record is compared with its CRC-32. No code of the checkpoint
+    runs, and none of its classes need to be installed: objects of classes that torch does not know
+    to be safe are loaded as `Inert` data. Formats: torch's zip, torch's format before 1.6,
+    TorchScript (its state dict), safetensors, and an index of shards. The content tells the format.
+
+    The strategies run at least twice. In the first run the checkpoint is hollow: its tensors are
+    on the meta device, and have no values. It shows which tensors are needed. The last run gets the
+    real tensors.
 
     Args:
-        uri: where it is: a path, or ``s3://``, ``gs://``, ``az://``, ``hf://``, ``https://``, …;
-            or an open binary file, such as `io.BytesIO`, from where it stands.
+        uri: where the checkpoint is: a path, or ``s3://``, ``gs://``, ``az://``, ``hf://``,
+            ``https://``, …; or an open binary file, such as `io.BytesIO`, which is read from its
+            current position on.
         strategies: pure functions from checkpoint to checkpoint, applied from left to right.
-        trust: True imports and runs whatever the checkpoint names, at least twice: it can do
-            all that you can, so be as sure of its author as of your own code. A list of classes
-            and functions runs just these, and what they do with what they are given.
-        cached: True downloads the file whole, once for this machine (see `download`), and loads
-            from there: one request then tells that the object is still the same.
-        sha256: what the SHA-256 of the whole object must be, in hexadecimal digits. The object is
-            then moved whole, to a temporary file (a local one is read where it is), or with
-            `cached` to the cache, and nothing is given before all of it was checked. This
-            protects against a forged object; CRC-32s only tell damage. Not for an index of
-            shards; with `group`, only with `cached`.
-        group: ranks (of `torch.distributed`) that all call this alike: each reads a share, and they
-            give it to each other, so that the store sends each byte once. What one of them
-            meets, all raise. None is this process alone.
-        retries: how often in a row a read that brought nothing is tried again: on refused and reset
-            connections, silence, 408, 429 and 5xx, never on 401, 403, 404 and 412. One that
-            brought something goes on from there.
+        trust: True imports and runs whatever the checkpoint names, at least twice. Such code can do
+            all that you can, so trust the checkpoint's author as much as your own code. A list of
+            classes and functions allows just these, with any arguments.
+        cached: True downloads the whole file to this machine's cache (see `download`), and loads
+            from there. If the file is in the cache, one request checks that it is still current.
+        sha256: what the SHA-256 of the whole object must be, in hexadecimal digits. The whole
+            object is then moved to a temporary file, or with `cached` to the cache (a local file is
+            read where it is). Nothing is returned before all of it was checked. This protects
+            against a forged object; a CRC-32 only shows damage. Not for an index of shards; with
+            `group`, only with `cached`.
+        group: a process group of `torch.distributed`, whose ranks all make the same call. Each rank
+            reads a share, and the ranks exchange the shares, so that the store sends each byte
+            once. If one rank has an error, all raise it. None loads in this process alone.
+        retries: how many attempts in a row may bring no byte before the load fails (5 by default).
+            Tried again are refused and reset connections, silence, 408, 429 and 5xx; not 401, 403,
+            404 and 412. A read that broke off continues after its last byte.
         timeout: seconds without one new byte, waits included, after which the place counts as
-            unreachable (180 where None); a connection is given up after a third of it. A client
-            of your own keeps its own.
-        transport_params: smart-open's: ``{"client": …}`` for S3, GCS and Azure,
-            ``{"session": …, "headers": …}`` for HTTP.
-        progress: None shows a bar in a terminal or notebook where loading takes over a second;
-            True and False force and forbid it; a function is called with the bytes done and in all
-            (None if the place does not tell).
+            unreachable (180 where None). A single connection is given up after a third of that. A
+            client of your own keeps its own time-outs.
+        transport_params: options of the store, as smart-open names them: ``{"client": …}`` for S3,
+            GCS and Azure, ``{"session": …, "headers": …}`` for HTTP.
+        progress: None shows a bar in a terminal or notebook if loading takes over a second; True
+            always shows it, False never. A function is called with the bytes done and the bytes in
+            all (None if the place does not tell).
 
     Raises:
-        TypeError: `uri` is no place, a strategy is not a function or returned None, something to
-            trust is neither a class nor a function, or the place reads no such `transport_params`.
-        CheckpointError: says where, what is wrong and what to do.
+        TypeError: `uri` is no place, a strategy is not a function or returned None, an item of
+            `trust` is neither a class nor a function, or the place has no such `transport_params`.
+        CheckpointError: anything else; it says where, what is wrong and what to do.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/last.ckpt"
@@ -283,7 +287,7 @@ def peek(
     timeout: float | None = None,
     transport_params: Params = None,
 ) -> Contents:
-    """Tell what is in a checkpoint, from its directory and its pickle: no tensor is moved.
+    """Tell what is in a checkpoint, from its directory and its pickle. No tensor is moved.
 
     Takes at most five ranged reads, however large the checkpoint is, and runs none of its code
     (GCS and Azure are asked for size and version before). A legacy file does not tell how long its
@@ -291,7 +295,7 @@ def peek(
     shard of a checkpoint takes one or two reads as a rule, five at most; many are read at once.
 
     Args:
-        uri: where it is.
+        uri: where the checkpoint is.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
@@ -328,9 +332,10 @@ def plan(  # noqa: PLR0913 - by keyword
     The strategies run once, on the hollow checkpoint.
 
     Args:
-        uri: where it is.
+        uri: where the checkpoint is.
         strategies: as for `load`.
-        model: what it would be loaded into: the plan then has the report. It is not modified.
+        model: the model that `load_into` would load into. The plan then has the report. The model
+            is not modified.
         trust: as for `load`.
         retries: as for `load`.
         timeout: as for `load`.
@@ -373,27 +378,27 @@ def diff(  # noqa: PLR0913 - by keyword
 ) -> Difference:
     """Tell how two checkpoints differ, without moving a tensor.
 
-    Tensors are compared by the CRC-32 and layout of their records, and all else by value. Where
-    there are no CRCs (safetensors, torch before 1.6), or tensors are laid out differently, the
-    values have to be asked for.
+    Tensors are compared by the CRC-32 and layout of their records, and all else by value. If there
+    are no CRC-32s (safetensors, torch before 1.6), or tensors are laid out differently, the tensor
+    is undecided, unless you ask for `values`.
 
     ``diff("s3://bucket/before.ckpt", "s3://bucket/after.ckpt", weights, include("encoder")).same``
     tells whether a frozen encoder stayed frozen.
 
     Args:
-        a: where one is, or a checkpoint, state dict or model in memory.
-        b: likewise. A side without tensors beside the weights, such as a model, is compared by
-            its weights alone.
-        strategies: what both are put through. Where a state dict alone is left, as by `weights`,
-            Anemoi's metadata are not compared.
-        values: fetch what differs or may differ, and tell how far it is apart.
+        a: the place of a checkpoint, or a checkpoint, state dict or model in memory.
+        b: likewise. If one side has no tensors beside the weights, as a model, only the weights
+            are compared.
+        strategies: functions that both are put through. If they leave a bare state dict, as
+            `weights` does, Anemoi's metadata are not compared.
+        values: fetch the tensors that differ or may differ, and tell how far they are apart.
         trust: as for `load`.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`, of both sides.
 
     Returns:
-        What differs. It is true in a condition if anything does, or may.
+        The differences. In a condition, they are true if anything differs or may differ.
 
     Raises:
         TypeError: as `load`.
@@ -439,15 +444,15 @@ def verify(  # noqa: PLR0913 - by keyword
     transport_params: Params = None,
     progress: Progress = None,
 ) -> Verified:
-    """Read a checkpoint once, and tell whether it is what was written: nothing of it is kept.
+    """Read a checkpoint once, and tell whether it is damaged. Nothing of it is kept.
 
     Every record is compared with its CRC-32, the object with the digest that its place keeps, and
-    the pickle with the directory. A record that came wrong is read once more; of a file that cannot
-    be opened, the digest alone is compared. Memory stays below
-    200 MB, however large the object is, unless it is compressed or its server serves no ranges.
+    the pickle with the directory. A record that is wrong is read once more. If the file cannot be
+    opened, only the digest is compared. The memory used stays below 200 MB, however large the
+    object is, unless it is compressed or its server serves no ranges.
 
     Args:
-        uri: where it is.
+        uri: where the checkpoint is.
         values: look for NaN and infinite values in the tensors, too.
         retries: as for `load`.
         timeout: as for `load`.
@@ -455,11 +460,11 @@ def verify(  # noqa: PLR0913 - by keyword
         progress: as for `load`.
 
     Returns:
-        What was found. It is true in a condition if nothing is wrong.
+        The result. In a condition, it is true if nothing is wrong.
 
     Raises:
-        NotACheckpointError: it is none.
-        CheckpointError: it cannot be read.
+        NotACheckpointError: the object is no checkpoint.
+        CheckpointError: the object cannot be read.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/last.ckpt"
@@ -482,12 +487,12 @@ def metadata(
 ) -> Any:
     """Read the metadata that Anemoi embeds in a checkpoint, and none of its weights.
 
-    Gives what `anemoi.utils.checkpoints.load_metadata` gives for a local file.
+    It gives what `anemoi.utils.checkpoints.load_metadata` gives for a local file.
 
     Args:
-        uri: where it is.
-        arrays: give a pair, of the metadata and of the supporting arrays (numpy's,
-            nested as the metadata's ``supporting_arrays_paths``); only their bytes are moved.
+        uri: where the checkpoint is.
+        arrays: True gives a pair: the metadata, and the supporting arrays (numpy's, nested as the
+            metadata's ``supporting_arrays_paths``). Only their bytes are moved.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
@@ -514,21 +519,21 @@ def list_objects(
     timeout: float | None = None,
     transport_params: Params = None,
 ) -> Entries:
-    """List what is in a folder: of a disk, a bucket (S3, Google Cloud, Azure), a host or a hub.
+    """List the objects and folders in a folder: of a disk, a bucket, a host or a hub.
 
-    Hosts are listed by SFTP; hubs are Hugging Face and MLflow, which tells no times of files that
-    lie behind its server.
+    Buckets are those of S3, Google Cloud and Azure. Hosts are listed by SFTP, FTP, HDFS and
+    WebHDFS. Hubs are Hugging Face and MLflow; MLflow tells no times of files behind its server.
 
     Args:
         folder: a path or URL, such as ``s3://bucket/run/``, or a bucket.
-        recursive: whether to list all that lies beneath it; folders are then left out.
+        recursive: True lists all objects beneath the folder, and leaves folders out.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
 
     Returns:
-        Objects and folders in the order of their paths. A store knows no empty folders: there
-        the list is empty, where a disk raises.
+        Objects and folders in the order of their paths. In a store, a folder that does not exist
+        gives an empty list; on a disk it is an error.
 
     Raises:
         CheckpointError: the folder or bucket cannot be listed.
@@ -561,19 +566,21 @@ def find(
 ) -> Entries:
     """Find checkpoints by a glob: ``find("s3://bucket/run/**/*.ckpt")``.
 
-    The store is asked for what begins as the glob does up to its first wildcard.
+    The store lists all objects whose paths begin with the part of the glob before its first
+    wildcard, so a longer beginning is quicker.
 
     Args:
         pattern: a path or URL in which ``*`` stands for any characters of one name, ``?`` for one
-            (in a path; in a URL it begins a query), ``[ab]`` for one of some, and ``**`` for any
-            part of a path. That of a folder finds all checkpoints beneath it, told by their names.
+            character (in a path; in a URL it begins a query), ``[ab]`` for one of these, and ``**``
+            for any part of a path. A folder stands for all checkpoints beneath it; their names end
+            as for `latest`.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
 
     Returns:
-        What was found, in the order of the paths: a list, which prints as a table. Each entry can
-        be given to `load`, and to all that takes a place.
+        The entries, in the order of their paths: a list, which prints as a table. `load` and all
+        other functions of a place take an entry, too.
 
     Raises:
         CheckpointError: the folder or bucket cannot be listed.
@@ -599,11 +606,12 @@ def latest(
 ) -> URI:
     """Tell where the newest checkpoint of a folder is.
 
-    Its name ends with ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
+    The names of checkpoints end with ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
 
     Args:
         folder: as for `list_objects`; or a glob, as for `find`.
-        key: what the newest has the greatest of; when it was last written to, if none is given.
+        key: a function of an entry; the entry with the greatest value is the newest. None takes the
+            time when the object was last written.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
@@ -676,25 +684,25 @@ def download(  # noqa: PLR0913 - by keyword
     of the object. The bytes are those that are stored: nothing is decompressed.
 
     Args:
-        uri: where it is.
-        to: the file to write, or a folder to write it into under its own name, which is made if it
-            ends with a slash. None is a folder
-            for all processes of this machine (``ANEMOI_CKPT_CACHE``, else the platform's for
-            caches): one downloads, the others wait for it, and what is there is not fetched
-            again for as long as the object is the same.
+        uri: where the checkpoint is.
+        to: the file to write; or a folder, in which the copy gets the object's own name. A folder
+            that ends with a slash is made if it does not exist. None writes to the cache, a folder
+            that all processes of this machine share (``ANEMOI_CKPT_CACHE``, otherwise one in the
+            platform's folder for caches). One process downloads, the others wait for it, and the
+            file is not fetched again as long as the object is the same.
         sha256: what the file's SHA-256 must be, in hexadecimal digits.
-        resume: go on with what a call before this one left when it was broken off, killed even,
-            if the object is still the same; and leave it where this one is. False begins anew,
-            and leaves nothing.
-        group: ranks that all call this alike: the first one downloads, and the others get it from
-            there, wherever they do not see its file.
+        resume: True continues a download that was interrupted or killed, if the object is still the
+            same; and if this call is interrupted, it leaves what the next one needs. False begins
+            anew, and leaves nothing.
+        group: a process group whose ranks all make the same call. The first rank downloads. Ranks
+            that do not see its file get a copy from it.
         retries: as for `load`.
         timeout: as for `load`.
         transport_params: as for `load`.
         progress: as for `load`.
 
     Raises:
-        CheckpointError: as `load`; or the file cannot be written, or is not what it should be.
+        CheckpointError: as `load`; or the file cannot be written, or does not match a digest.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -770,27 +778,27 @@ def save(  # noqa: PLR0913 - by keyword
 ) -> URI:
     """Write a checkpoint to any place, all or nothing, and give the place.
 
-    It is streamed, in the format of `torch.save`; in safetensors' where the name ends with
-    ``.safetensors``; compressed where it ends with ``.gz`` or the like. A view is written without
-    the rest of its storage, if nothing else in the checkpoint shares that. Inert objects are
-    written as what they were read from: where their classes are installed,
+    The format is that of `torch.save`, or safetensors if the name ends with ``.safetensors``. A
+    name that ends with ``.gz`` or the like is compressed. The checkpoint is streamed. A view is
+    written without the rest of its storage, if nothing else in the checkpoint shares that. Inert
+    objects are written as the objects that they were read from: where their classes are installed,
     ``torch.load(weights_only=False)`` gives the real ones.
 
     Args:
         checkpoint: what `load` gave, or anything that `torch.save` takes.
-        uri: where to. What is there stays until all is written.
-        metadata: Anemoi's metadata to embed, as a dict, or as the pair of metadata and supporting
-            arrays that `metadata` gives; or a checkpoint to take both from, if it has any: they
-            are no part of what `load` gives. Where `align_variables` gave `checkpoint` other
-            variables, those of that checkpoint are replaced by them.
-        retries: as for `load`, for each request: a part that fails is sent again, not all of it.
+        uri: where to write it. An object that is there stays until all is written.
+        metadata: Anemoi's metadata to embed, which are no part of what `load` gives: a dict; or the
+            pair of metadata and supporting arrays that ``metadata(…, arrays=True)`` gives; or the
+            place of a checkpoint that has both. If `align_variables` gave `checkpoint` other
+            variables, the metadata list these.
+        retries: as for `load`, for each request: only a part that failed is sent again.
         timeout: as for `load`, likewise.
         transport_params: as for `load`.
 
     Raises:
         TypeError: `checkpoint` is a place, or a function of this module.
-        CheckpointError: the place cannot be written to, or the checkpoint not be pickled, or (as
-            safetensors) it holds more than tensors by name.
+        CheckpointError: the place cannot be written to, the checkpoint cannot be pickled, or (as
+            safetensors) it is not a dict of tensors.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/weights.ckpt"
@@ -850,20 +858,20 @@ def edit_metadata(
 ) -> URI:
     """Change the metadata that Anemoi embeds in a checkpoint, all or nothing; give the place.
 
-    Of a file, only metadata and directory are written: the new file shares the weights with the
-    old one where the file system can (Btrfs, XFS), else the system copies them. An object in a
-    store is downloaded and written whole.
+    For a file, only metadata and directory are written: the new file shares the weights with the
+    old one where the file system can (Btrfs, XFS); elsewhere the system copies them. An object in
+    a store is downloaded, and written whole.
 
     Args:
-        uri: where it is.
-        function: from metadata to metadata; what it is given is its own to change.
+        uri: where the checkpoint is.
+        function: takes the metadata and returns the new ones. It may change its argument.
         retries: as for `load`.
         timeout: as for `load`.
-        transport_params: as for `load`, for what is written too.
+        transport_params: as for `load`, for writing, too.
 
     Raises:
         CheckpointNotFoundError: no such object, or no metadata in it: `save` embeds some.
-        TypeError: `function` is none, or does not give a dict.
+        TypeError: `function` is not a function, or does not return a dict.
         CheckpointError: as `load`; or the place cannot be written to.
 
     >>> import tempfile
@@ -913,20 +921,20 @@ def checkpoint_io(
     timeout: float | None = None,
     **options: Any,
 ) -> Any:
-    """Make what lets Lightning's Trainer read and write its checkpoints at any place.
+    """Make a plug-in that lets Lightning's Trainer read and write its checkpoints at any place.
 
     ``trainer = Trainer(plugins=[checkpoint_io()])`` resumes with
     ``trainer.fit(model, ckpt_path="s3://…")``, and writes where
     ``ModelCheckpoint(dirpath="s3://…")`` and ``trainer.save_checkpoint("gs://…")`` say, all or
-    nothing. Make it before the ModelCheckpoint: that asks fsspec for the store, and where fsspec
-    has no package for it, the plugin answers: in a process the one that was made last.
+    nothing. Make the plug-in before the ModelCheckpoint, which asks fsspec what is in the store. If
+    fsspec has no package for the store, the plug-in answers; of several in one process, the last.
 
     Args:
-        strategies: what a checkpoint is put through when it is read.
-        transport_params: as for `load`, for what is written too.
-        retries: as for `load`, of what is written and removed, too.
+        strategies: functions that a checkpoint is put through when it is read.
+        transport_params: as for `load`, for writing, too.
+        retries: as for `load`, for writing and removing, too.
         timeout: as for `load`, likewise.
-        options: what else `load` takes by keyword, such as `trust` and `cached`.
+        options: other keywords of `load`, such as `trust` and `cached`.
 
     Raises:
         TypeError: a strategy is not a function, or `load` has no such option.
@@ -951,7 +959,7 @@ def load_callback(
     recipe: Recipe | Sequence[Recipe] = (),
     **options: Any,
 ) -> Any:
-    """Make a callback of Lightning's that loads into the model before it is trained.
+    """Make a callback for Lightning that loads into the model before training starts.
 
     ``Trainer(callbacks=[load_callback(uri, recipe=transfer_learning)])``; to a model of other
     variables, ``recipe=[align_variables, transfer_learning]``. In a configuration of
@@ -959,18 +967,18 @@ def load_callback(
     ``_target_: anemoi_ckpt.load_callback`` and
     ``recipe: {_target_: strategies.transfer_learning, _partial_: true}``.
 
-    What was loaded is logged. The weights are in the order of the model's variables then, with
-    which Anemoi's own check compares the data: no ``_ckpt_model_name_to_index`` tells it others, as
-    after a run is resumed, whose checkpoint has them in ``data_indices``.
+    The callback logs what was loaded. The weights are then in the order of the model's variables,
+    and Anemoi's own check of the data's variables compares with these. The callback does not set
+    ``_ckpt_model_name_to_index``, which Anemoi sets from ``data_indices`` when a run is resumed.
 
-    A run that is resumed goes on with its own weights, which Lightning loads after these.
+    If a run is resumed, it continues with its own weights, which Lightning loads after these.
 
     Args:
         uri: where the checkpoint is.
-        strategies: what it is put through.
-        recipe: what gives a strategy for a model, such as `transfer_learning`; or several, applied
-            from left to right behind `strategies`.
-        options: what else `load_into` takes by keyword.
+        strategies: functions that the checkpoint is put through.
+        recipe: a function of the model that gives a strategy, such as `transfer_learning`; or
+            several, applied from left to right after `strategies`.
+        options: other keywords of `load_into`.
 
     Raises:
         TypeError: a strategy is not a function, or `load_into` has no such option.
@@ -982,13 +990,13 @@ def load_callback(
 @takes_strategies
 @public
 def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **options: Any) -> Any:
-    """Make a stage that brings a checkpoint, for the pipeline of anemoi-training.
+    """Make a stage that loads a checkpoint, for the checkpoint pipeline of anemoi-training.
 
     Args:
         uri: where the checkpoint is.
-        strategies: what it is put through.
-        options: what else `load` takes by keyword. Anemoi's own loaders want
-            ``trust=True`` where they use objects of the checkpoint.
+        strategies: functions that the checkpoint is put through.
+        options: other keywords of `load`. Anemoi's own loaders need ``trust=True`` if they use
+            objects of the checkpoint.
 
     Raises:
         TypeError: a strategy is not a function, or `load` has no such option.
@@ -1001,14 +1009,14 @@ def source_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **opt
 @takes_strategies
 @public
 def loading_stage(uri: str | os.PathLike[str] | URI, *strategies: Strategy, **options: Any) -> Any:
-    """Make a stage that loads into the model, for the pipeline of anemoi-training.
+    """Make a stage that loads into the model, for the checkpoint pipeline of anemoi-training.
 
-    It brings what it needs by itself: no source stands before it.
+    It loads the checkpoint by itself, so it needs no source stage before it.
 
     Args:
         uri: as for `load_callback`.
         strategies: as for `load_callback`.
-        options: what else `load_callback` takes by keyword, `recipe` before all.
+        options: other keywords of `load_callback`, above all `recipe`.
 
     Raises:
         TypeError: as for `load_callback`.
@@ -1083,28 +1091,29 @@ def load_into(  # noqa: PLR0913 - by keyword
 ) -> Report:
     """Load a checkpoint's weights into a model, all or nothing, and report what was loaded.
 
-    The model is filled as its own `load_state_dict` would: hooks and modules that rename or resize
-    do so. Only what fits is moved (below a module with hooks, or with a way of loading of its own,
-    all that the checkpoint has there). Tensors of the model keep their dtype and device, tied ones
-    stay tied; a model on the meta device gets its tensors on the CPU.
+    The model is filled by its own `load_state_dict`, so hooks and modules that rename or resize
+    weights work as usual. Only the weights that fit are moved; but below a module with hooks, or
+    with its own way of loading, all weights that the checkpoint has there. Tensors of the model
+    keep their dtype and device, and tied ones stay tied. A model on the meta device gets its
+    tensors on the CPU.
 
-    Where a strategy goes on with training (`keep_progress`, and `warm_start`, which contains it),
-    the model's own `on_load_checkpoint` is called as Lightning calls it: with the checkpoint that
-    the strategies gave (a copy, with the states of optimizers and schedulers that are asked for),
-    before the weights are loaded. What it leaves under ``state_dict`` is loaded.
+    If a strategy continues a run (`keep_progress`, and `warm_start`, which contains it), the
+    model's own `on_load_checkpoint` is called before the weights are loaded, as Lightning calls it.
+    It gets a copy of the checkpoint that the strategies gave, with the states of the optimizers and
+    schedulers that you pass. The weights that it leaves under ``state_dict`` are loaded.
 
     Args:
-        model: what to load into.
-        checkpoint: where it is, or a checkpoint, state dict or module that was loaded before.
+        model: the model to load into.
+        checkpoint: the place of a checkpoint, or a checkpoint, state dict or module in memory.
         strategies: as for `load`.
-        strict: nothing may be missing, unexpected or of another shape.
-        require: least share of the model's values that must be loaded, from 0 to 1.
-        optimizer: gets its state where the checkpoint has it; a list where there are several. One
-            for a model on the meta device is made afterwards: it would keep the old parameters.
+        strict: True allows nothing missing, unexpected or of another shape.
+        require: the least share of the model's values that must be loaded, from 0 to 1.
+        optimizer: gets its state if the checkpoint has it; or a list of several. If the model is on
+            the meta device, make the optimizer after the load: it would keep the old parameters.
         scheduler: likewise.
         trust: as for `load`.
         cached: as for `load`.
-        sha256: as for `load`; of a place alone.
+        sha256: as for `load`; only for a place.
         group: as for `load`.
         retries: as for `load`.
         timeout: as for `load`.

@@ -2,7 +2,8 @@
 
 A checkpoint is what `torch.load` gives: a dict with a state dict in it, or a bare state dict. A
 strategy takes a checkpoint, returns another one, and never changes its argument. `load` runs it
-first on a hollow checkpoint (tensors on the meta device), so tensors that it drops are never moved.
+first on a hollow checkpoint, whose tensors are on the meta device and have no values. So `load`
+knows which tensors the strategy drops, and never moves them.
 
 The new state dict has the order, the type and the ``_metadata`` of the old one, and tied entries
 stay tied. A model may be passed as a module or as its state dict, under its own names.
@@ -10,8 +11,8 @@ stay tied. A model may be passed as a module or as its state dict, under its own
 A glob chooses a name, or all names under it: ``encoder`` chooses ``encoder.weight``. It does not
 choose ``model.encoder.weight``; ``model.encoder`` and ``*.encoder`` do.
 
-In each docstring, ``Raises`` lists the errors of the call. Errors that come later, when the
-strategy that was returned is run, are marked with "(the strategy)"; each is a
+``Raises`` of each function lists the errors of the call. Errors that come later, when the strategy
+that the call returned runs, are marked with "(the strategy)"; each is an
 `anemoi_ckpt.MismatchError`, which is a ValueError.
 
 compose · choose · fit · rename · change values · progress · variables · recipes · freeze
@@ -157,7 +158,8 @@ def compose(*functions: Callable[..., Any]) -> Callable[..., Any]:
     ``compose(f, g, load)(uri)`` is ``load(uri, g, f)``, and moves only the bytes that survive them.
 
     Raises:
-        TypeError: an argument is no function, or one that makes a strategy and was not called.
+        TypeError: an argument is not a function; or it is a factory that was not called, such as
+            ``include`` in place of ``include("encoder")``.
 
     >>> compose(len, weights)({"state_dict": {"a": torch.ones(1), "b": torch.ones(1)}})
     2
@@ -191,12 +193,12 @@ def pipe(value: Any, *functions: Callable[..., Any]) -> Any:
 def on_weights(function: Callable[[Mapping[str, Any]], Any]) -> Strategy:
     """Turn a function of a state dict into a strategy, which takes a whole checkpoint.
 
-    The strategy puts the new state dict in the place of the old one, and keeps everything else, but
-    for the second copy of the weights that Lightning's ``WeightAveraging`` saves (see
-    `training_weights`): it would no longer agree.
+    The strategy puts the new state dict in the place of the old one, and keeps everything else. One
+    exception: the second copy of the weights that Lightning's ``WeightAveraging`` saves (see
+    `training_weights`) is dropped, since it would no longer agree.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: `function` is not a function.
         ValueError: (the strategy) the checkpoint has no state dict.
 
     >>> first = on_weights(lambda state_dict: dict(list(state_dict.items())[:1]))
@@ -221,7 +223,7 @@ def on_weights(function: Callable[[Mapping[str, Any]], Any]) -> Strategy:
 
 
 def weights(checkpoint: Any) -> Mapping[str, Any]:
-    """Give the state dict alone, under whichever usual key the checkpoint has it.
+    """Give only the state dict, which the checkpoint has under one of the usual keys.
 
     The usual keys are ``state_dict``, ``model_state_dict``, ``model``, ``module`` and more, in this
     order, also inside one another. A dict of tensors is a state dict itself. A module, or the inert
@@ -716,15 +718,16 @@ def cast(
 def average(*others: Any) -> Strategy:
     """Replace a checkpoint's weights by their mean with those of other checkpoints.
 
-    The mean is that of floating-point and complex tensors. It is computed in double precision, and
-    has the dtype of the checkpoint that the strategy gets. Everything else is that checkpoint's.
+    Only floating-point and complex tensors are averaged. The mean is computed in double precision,
+    and has the dtype of the checkpoint that the strategy gets. Everything else is taken from that
+    checkpoint.
 
     Args:
         others: the other checkpoints, already loaded.
 
     Raises:
-        ValueError: there is no other checkpoint, or one has no state dict; (the strategy) names or
-            shapes differ, or the variables, where both sides know them.
+        ValueError: there is no other checkpoint, or one has no state dict; (the strategy) names,
+            shapes, or the variables (if both sides know them) differ.
 
     >>> average({"a": torch.tensor([3.0])})({"a": torch.tensor([1.0])})
     {'a': tensor([2.])}
@@ -750,8 +753,8 @@ def merge(*others: Any, clash: Literal["warn", "last", "first", "error"] = "warn
 
     Raises:
         ValueError: there is no other checkpoint, or one has no state dict; `clash` has another
-            value; (the strategy) names clash, and `clash` is ``"error"``, or variables stand
-            elsewhere, where both sides know them.
+            value; (the strategy) names clash, and `clash` is ``"error"``; or both sides know their
+            variables, and these have other indices.
 
     >>> merge({"decoder": torch.zeros(1)})({"encoder": torch.ones(1)})
     {'encoder': tensor([1.]), 'decoder': tensor([0.])}
@@ -795,8 +798,9 @@ def reset_progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def keep_progress(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Keep everything, and refuse a checkpoint that training cannot go on from.
 
-    To go on, training needs an epoch or a step, and the state of an optimizer. Behind it,
-    `load_into` calls the model's own `on_load_checkpoint`, as Lightning does.
+    Training can go on from a checkpoint that has an epoch or a step, and the state of an optimizer.
+    If this strategy is given to `load_into`, that calls the model's own `on_load_checkpoint`, as
+    Lightning does.
 
     Raises:
         TypeError: the checkpoint is not a dict.
@@ -829,8 +833,8 @@ def variables(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Give the index of each variable by its name, for each dataset of an Anemoi checkpoint.
 
     They are read from ``hyper_parameters["data_indices"]``, or from the ``data_indices`` of a
-    module that was pickled whole: an ``IndexCollection`` for each dataset, or a single one, whose
-    dataset is then called ``data``. Inert objects serve as well as real ones.
+    module that was pickled whole. These are an ``IndexCollection`` for each dataset, or a single
+    one; its dataset is then called ``data``. The objects may be inert or real.
 
     Raises:
         ValueError: the checkpoint has no variables; the error says where they were looked for.
@@ -904,8 +908,8 @@ def align_edges(model: torch.nn.Module) -> Strategy:
 
     Raises:
         TypeError: the model is not a module.
-        ValueError: (the strategy) the order cannot be known, or is not the model's; or there are
-            states of an optimizer, which are in the old order.
+        ValueError: (the strategy) the order of the values is not known, or is not the model's; or
+            the checkpoint has states of an optimizer, which are in the old order.
 
     >>> align_edges(torch.nn.Linear(1, 1))({"weight": torch.ones(1, 1)})
     {'weight': tensor([[1.]])}
@@ -929,20 +933,22 @@ def align_variables(  # noqa: PLR0913 - by keyword
 ) -> Strategy:
     """Put the weights into the order of other variables: each variable keeps its slices.
 
-    Every axis that runs over variables is indexed anew, by name. Variables that both sides have
-    keep their slices, wherever they are now. Slices of removed variables are dropped, and new
+    A slice is the part of a tensor that belongs to one variable, such as a column. Every axis that
+    runs over variables is put into the new order, by name. Variables that both sides have keep
+    their slices, whatever their index is now. Slices of removed variables are dropped, and new
     variables get `new`. If a variable is predicted on both sides but read on one side only, its
     output is a value on one side and an increment on the other: that output counts as new.
 
-    A model of Anemoi's with other steps of input or output keeps those that both have: the first
-    steps of output, and the last ones of input. New steps get what new variables do, `new`.
+    If a model of Anemoi has another number of input or output steps, those that both sides have are
+    kept: the first output steps, and the last input steps. New steps get `new`, as new variables.
 
-    The result records the target's variables as its own, so a second alignment changes nothing:
-    in ``hyper_parameters``, ``data_indices`` and ``metadata`` are of the target's variables. All
-    else there (``config`` with the counts of steps, ``task``, ``statistics``, ``graph_data``) stays
-    the source's. So give what is saved to a model that its own configuration makes, as `load_into`
-    and ``anemoi-training train`` do, which take from it ``data_indices`` and ``metadata`` alone;
-    ``load_from_checkpoint`` without a ``config`` of your own would make the source's model.
+    The result lists the target's variables in ``hyper_parameters``, under ``data_indices`` and
+    ``metadata``, so a second alignment changes nothing. All else there (``config`` with the counts
+    of steps, ``task``, ``statistics``, ``graph_data``) still describes the source's model. So if
+    you save the result, load it into a model that was built from its own configuration, as
+    `load_into` and ``anemoi-training train`` do; these read only ``data_indices`` and ``metadata``.
+    But ``load_from_checkpoint`` without a ``config`` of your own would build the source's model.
+
     States of optimizers and averaged weights would be in the old order, so they are dropped. If the
     variables are the same already, the checkpoint is returned as it is.
 
@@ -962,21 +968,22 @@ def align_variables(  # noqa: PLR0913 - by keyword
         model: provides the slices of new variables, with its values at the time when the strategy
             runs. A tensor that needs such slices, but differs from the model's along other axes, is
             dropped.
-        new: ``"model"``; ``"zeros"``, so that a new variable has no influence at first; or a dict:
-            for a new variable either of these, or the name of the checkpoint's variable whose
-            slices it gets a copy of (``{"t_925": "t_850"}``). Others then get ``"model"``.
-        units: for a variable in another unit than the model's, how many of the model's units one of
-            the checkpoint's is (``{"tp": 1000}`` from m to mm). Its factor in the normalisers of
-            Anemoi's processors is divided by that, and averaged weights are dropped. If both sides
-            know the units, and they are equal, nothing is scaled, so that this is done once.
+        new: what new variables get. ``"model"`` is the model's slices. ``"zeros"`` is zeros, so
+            that a new variable has no influence at first. A dict has one of these for each new
+            variable, or the name of a variable of the checkpoint, whose slices are copied
+            (``{"t_925": "t_850"}``); new variables that are not in the dict get ``"model"``.
+        units: for each variable whose unit differs, how many of the model's units are one of the
+            checkpoint's (``{"tp": 1000}`` from m to mm). The variable's factor in the normalisers
+            of Anemoi's processors is divided by this number, and averaged weights are dropped. If
+            both sides know their units, and these are equal, nothing is scaled, so a second
+            alignment does not scale again.
 
     Raises:
         TypeError: variables, layout, model, `new` or `units` are of another kind.
         ValueError: one of them does not fit the others; (the strategy) the checkpoint has no
-            variables, both sides know the units of a variable, these differ and `units` has no
-            factor for it, a glob chooses nothing, or a tensor's size does not agree with the
-            layout, for which the error shows the sum; or the steps differ so that none of them
-            need be the model's.
+            variables; the two units of a variable are known and differ, and `units` has no factor
+            for it; a glob chooses nothing; a tensor's size is not the sum that the layout gives
+            (the error shows it); or no step can be matched with one of the model's.
 
     >>> layout = {"encoder.weight": {1: ["all", 1]}}
     >>> align = align_variables({"t": 0, "z": 1}, {"z": 0, "q": 1, "t": 2}, layout, new="zeros")
@@ -1023,19 +1030,20 @@ def refresh_processors(model: Model, *, tendencies: bool = True, states: bool = 
 def migrate(to: torch.nn.Module | str | None = None) -> Strategy:
     """Bring a checkpoint of Anemoi's training up to date, by the scripts of anemoi-models.
 
-    These rename layers, and change configurations, as newer versions have them. Those that the
-    checkpoint does not list under ``migrations`` are run, in their order. Nothing is trusted for
-    that: they see the checkpoint's objects as inert data, and its tensors as names.
+    These scripts, called migrations, rename layers and change configurations to what newer versions
+    expect. Those that the checkpoint does not list under ``migrations`` are run, in their order.
+    This needs no `trust`: the scripts get the checkpoint's objects as inert data, and placeholders
+    for its tensors.
 
     Args:
-        to: a version of anemoi-models, to run what came up to that; or a model, which scripts get
-            that ask for one. None is the installed version.
+        to: a version of anemoi-models: later migrations are not run. Or a model, which is passed to
+            the migrations that ask for one. None is the installed version.
 
     Raises:
-        TypeError: `to` is neither a version, nor a module.
+        TypeError: `to` is neither a version nor a module.
         ValueError: (the strategy) the checkpoint lists no migrations, or some that the installed
             anemoi-models does not have.
-        ImportError: (the strategy) there is no anemoi-models that has migrations.
+        ImportError: (the strategy) anemoi-models is not installed, or has no migrations.
 
     >>> migrate("0.13.0")
     migrate('0.13.0')
@@ -1076,8 +1084,9 @@ def transfer_learning(
     """Load the weights that fit the model, without the progress of the old training.
 
     If checkpoint and model both know their variables, and the model is one of anemoi-models, the
-    weights are first put into the model's order by `align_variables`. That refuses tensors with
-    another count of steps or of trainable features: put `exclude` before to leave these out.
+    weights are first put into the model's order by `align_variables`. That refuses tensors whose
+    sizes it cannot explain, such as another count of trainable features. To leave such tensors out,
+    put `exclude` before.
     Trainable values of edges are put into the model's order by `align_edges`.
 
     Args:
@@ -1087,8 +1096,8 @@ def transfer_learning(
 
     Raises:
         TypeError: the model is neither a module nor a dict.
-        ValueError: the model has no state dict, or is not one of anemoi-models although `new` is
-            not the default; (the strategy) as for `align_variables`, and for `require_match` if
+        ValueError: the model has no state dict; it is not one of anemoi-models, and `new` is not
+            the default; (the strategy) as for `align_variables`, and for `require_match` if
             `skip_mismatched` is False.
 
     >>> pretrained = {"state_dict": {"a": torch.ones(1), "b": torch.ones(2)}, "epoch": 3}
@@ -1119,11 +1128,11 @@ def weights_only(checkpoint: Any) -> Mapping[str, Any]:
 
 @factory
 def warm_start(model: Model) -> Strategy:
-    """Load everything to go on with training: the weights match the model, and progress is kept.
+    """Load everything to go on with training: the weights must match the model; progress is kept.
 
-    Where a checkpoint has averaged weights and those being trained, it goes on from the latter, as
-    `training_weights` gives them. `load_into` calls the model's own `on_load_checkpoint`, as for
-    `keep_progress`.
+    If a checkpoint has averaged weights and the weights being trained, training goes on from the
+    latter, as `training_weights` gives them. `load_into` calls the model's own
+    `on_load_checkpoint`, as for `keep_progress`.
 
     Raises:
         TypeError: the model is neither a module nor a dict; (the strategy) the checkpoint is not a
@@ -1141,7 +1150,7 @@ def warm_start(model: Model) -> Strategy:
 
 
 def cold_start(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Load everything but progress, to start training anew from these weights.
+    """Load everything but the progress of training, to start anew from these weights.
 
     Raises:
         TypeError: the checkpoint is not a dict.

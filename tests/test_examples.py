@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import hydra
 import nbclient
 import nbformat
@@ -282,6 +283,13 @@ def test_readme_names_what_there_is() -> None:
         if name.endswith("Error") and name != "CheckpointError":
             assert f"| `{name}` | `{getattr(anemoi_ckpt, name).__mro__[2].__name__}` |" in ALL
     assert "@@" not in ALL
+
+
+@pytest.mark.parametrize("name", ["Contents", "Tree", "Plan", "Difference", "Verified", "Report"])
+def test_the_page_of_results_says_what_each_attribute_has(name: str) -> None:
+    _, _, page = PAGES["docs/reference/results.md"].partition(f"| Attribute of `{name}` ")
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("\n\n")[0], re.MULTILINE)
+    assert rows == [each.name for each in attrs.fields(getattr(anemoi_ckpt, name))]
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
