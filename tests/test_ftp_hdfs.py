@@ -117,6 +117,8 @@ class FTPServer:
         """After so many bytes a download breaks off."""
         self.listing: bytes | None = None
         """What MLSD tells of a folder, instead of what is in it."""
+        self.resumes = True
+        """False: nothing is written from an offset on, nor over a file, as ProFTPD has it."""
         running = self
 
         class Data(handlers.DTPHandler):
@@ -137,6 +139,14 @@ class FTPServer:
             dtp_handler = Data
             abstracted_fs = Files
             use_sendfile = False
+
+            def ftp_STOR(self, file: str, mode: str = "w") -> Any:  # noqa: N802 - of pyftpdlib
+                if not running.resumes and self._restart_position:
+                    self._restart_position = 0
+                    return self.respond("451 Append/Restart not permitted, try again")
+                if not running.resumes and Path(file).exists():
+                    return self.respond("550 Overwrite permission denied")
+                return super().ftp_STOR(file, mode)
 
             def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
                 reply = running.replies.get(f"{cmd} {arg}", running.replies.get(cmd))
@@ -276,10 +286,12 @@ class TLSServer:
                 threading.Thread(target=self._answer, args=(accepted,), daemon=True).start()
 
     def _answer(self, control: socket.socket) -> None:
+        """Answer commands. What is written is all of the file, and no part of it."""
         passive, start = socket.create_server(("127.0.0.1", 0)), 0
         port = passive.getsockname()[1]
         replies = {"AUTH": "234 go on", "USER": "331 and?", "PASS": "230 in", "REST": "350 and?"}
-        replies |= {"SIZE": f"213 {len(self.data)}", "MDTM": "213 2024", "RETR": "150 it comes"}
+        replies |= {"CWD": "550 no folder", "MDTM": "213 2024", "RETR": "150 it comes"}
+        replies |= {"RNFR": "350 and?", "RNTO": "250 yes", "DELE": "250 gone"}
         replies["PASV"] = f"227 at (127,0,0,1,{port // 256},{port % 256})"
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             stack.callback(passive.close)
@@ -288,14 +300,18 @@ class TLSServer:
             while line := self._line(control):
                 verb, _, told = line.partition(" ")
                 self.said.append(verb)
+                replies["SIZE"] = f"213 {len(self.data)}"
+                replies["STOR"] = "451 no restart" if start else "150 go on"
                 control.sendall(f"{replies.get(verb, '200 yes')}\r\n".encode())
                 if verb == "AUTH":
                     control = self.context.wrap_socket(control, server_side=True)
                     stack.callback(control.close)
-                start = int(told) if verb == "REST" else start
-                if verb == "RETR":
-                    ending = self._send(passive.accept()[0], start)
-                    control.sendall(ending + b"\r\n")
+                transfer = {"RETR": self._send, "STOR": self._receive}.get(verb)
+                if transfer and replies[verb].startswith("150"):
+                    control.sendall(transfer(passive.accept()[0], start) + b"\r\n")
+                elif transfer:
+                    passive.accept()[0].close()
+                start = int(told) if verb == "REST" else 0
 
     def _send(self, accepted: socket.socket, start: int) -> bytes:
         with self.context.wrap_socket(accepted, server_side=True) as data:
@@ -303,6 +319,12 @@ class TLSServer:
                 return b"522 another session"
             data.sendall(self.data[start:])
         return b"226 that was all"
+
+    def _receive(self, accepted: socket.socket, start: int) -> bytes:
+        with self.context.wrap_socket(accepted, server_side=True) as data:
+            self.data = b"".join(iter(lambda: data.recv(65536), b""))
+            data.unwrap().close()
+        return b"226 it is there"
 
     @staticmethod
     def _line(control: socket.socket) -> str:
@@ -315,7 +337,9 @@ class TLSServer:
         return line.decode().strip()
 
 
-def test_files_are_read_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_and_written_with_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The login, too; and a certificate that nobody knows is refused at once."""
     pem = certificate(tmp_path)
     server = TLSServer(pem, DATA)
@@ -329,6 +353,9 @@ def test_files_are_read_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert stream.read() == DATA
     assert server.said[:6] == ["AUTH", "USER", "PASS", "PBSZ", "PROT", "TYPE"]
     assert_same(load(uri, lambda checkpoint: checkpoint["w"]), CHECKPOINT["w"])
+    save({**CHECKPOINT, "epoch": 4}, uri)
+    assert server.said[-2:] == ["RNFR", "RNTO"]
+    assert load(uri)["epoch"] == 4
     server.listener.close()
 
 
@@ -448,11 +475,45 @@ def test_a_file_on_an_ftp_server_that_may_not_be_read_or_replaced(ftp: FTPServer
 
 
 @pytest.mark.parametrize(
-    "replies", [{"RETR": "450 busy!"}, {"REST": "502 unknown"}, {"SIZE": "200 what"}]
+    "replies",
+    [
+        {"RETR": "450 busy!"},
+        {"REST": "502 unknown"},
+        {"REST": "451 Restart not permitted, try again"},
+        {"SIZE": "200 what"},
+    ],
 )
 def test_ftp_servers_that_are_busy_or_know_little(ftp: FTPServer, replies: Any) -> None:
     ftp.replies = replies
     assert_same(load(f"{ftp.url}/run/a%20b.ckpt"), CHECKPOINT)
+
+
+def test_files_are_saved_where_no_upload_is_gone_on_with(ftp: FTPServer) -> None:
+    ftp.resumes = False
+    uri, folder = f"{ftp.url}/run/a%20b.ckpt", ftp.folder / "run"
+    (folder / "a b.ckpt").unlink()
+    save(CHECKPOINT, uri)
+    assert (folder / "a b.ckpt").read_bytes() == DATA
+    ftp.replies = {"RNTO": "451 later!"}
+    save({"epoch": 4}, uri)
+    assert load(uri) == {"epoch": 4}
+    part = _anemoi_ckpt.places.ftp._Part(parse_uri(uri), None)
+    part.begin()
+    part.store(0, b"abc")
+    part._transfer._data.close()
+    with pytest.raises(OSError, match="descriptor"):
+        part.store(3, b"de")
+    with pytest.raises(CheckpointError, match="goes on with no upload; save it anew"):
+        part.store(3, b"de")
+    part.remove()
+    part.begin()
+    part.store(0, b"abc")
+    part.remove()
+    assert names(folder) == ["a b.ckpt"]
+    ftp.replies = {"STOR": "452 full"}
+    with pytest.raises(UnreachableError, match="452 full"):
+        save(CHECKPOINT, uri, retries=1)
+    assert names(folder) == ["a b.ckpt"]
 
 
 def test_a_file_on_an_ftp_server_that_is_renamed_or_cut_meanwhile(ftp: FTPServer) -> None:

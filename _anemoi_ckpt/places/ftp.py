@@ -236,8 +236,8 @@ def _retrieved(ftp: ftplib.FTP, path: str, start: int = 0) -> Any:
     """
     try:
         return ftp.transfercmd(f"RETR {path}", rest=start or None)
-    except ftplib.error_perm as err:
-        if start and str(err)[:3] in _UNKNOWN:
+    except ftplib.Error as err:
+        if start and (str(err)[:3] in _UNKNOWN or "restart" in str(err).lower()):
             raise UnrangedError from err
         raise
 
@@ -382,22 +382,47 @@ def _time(facts: dict[str, str]) -> datetime | None:
 
 
 class _Part:
-    """A hidden file beside the target: `parts.Parted`."""
+    """A hidden file beside the target: `parts.Parted`.
+
+    A server that lets nobody write from an offset on, as ProFTPD unless it is told to, gets all
+    parts in one transfer. Where that breaks off, it cannot be gone on with.
+    """
 
     def __init__(self, uri: FTPURI, params: Params) -> None:
         self._uri, self._params, self._path = uri, params, hidden_name(uri.path)
+        self._resumes = False
+        self._transfer: _Upload | None = None
 
     def begin(self) -> None:
         with _connected(self._uri, self._params) as ftp:
             if _facts(ftp, self._uri.path).get("type") == "dir":
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
-            ftp.storbinary(f"STOR {self._path}", io.BytesIO())
+            ftp.storbinary(f"STOR {self._path}", io.BytesIO(b"."))
+            self._resumes = True
+            try:
+                ftp.storbinary(f"STOR {self._path}", io.BytesIO(b"."), rest=1)
+            except (ftplib.error_perm, ftplib.error_temp):
+                self._resumes = False
+                ftp.delete(self._path)  # such a server may replace no file either
 
     def store(self, offset: int, part: bytes) -> None:
-        with _connected(self._uri, self._params) as ftp:
-            ftp.storbinary(f"STOR {self._path}", io.BytesIO(part), rest=offset or None)
+        if self._resumes:
+            with _connected(self._uri, self._params) as ftp:
+                ftp.storbinary(f"STOR {self._path}", io.BytesIO(part), rest=offset or None)
+            return
+        if not offset:
+            self._transfer = _Upload(self._uri, self._params, self._path)
+        elif self._transfer is None:
+            problem = "the connection was lost, and this server goes on with no upload"
+            raise CheckpointError(self._uri, problem, "save it anew")
+        transfer, self._transfer = self._transfer, None  # it is of no use once it has failed
+        transfer.send(part)
+        self._transfer = transfer
 
     def finish(self, size: int, *, again: bool) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer:
+            transfer.finish()
         with _connected(self._uri, self._params) as ftp:
             path = self._path
             try:
@@ -414,8 +439,37 @@ class _Part:
                     ftp.rename(path, self._uri.path)
 
     def remove(self) -> None:
+        if self._transfer:
+            self._transfer.close()
         with _connected(self._uri, self._params) as ftp, suppress(ftplib.error_perm):
             ftp.delete(self._path)
+
+
+class _Upload:
+    """A file on its way to the server, which is closed where something fails."""
+
+    def __init__(self, uri: FTPURI, params: Params, path: str) -> None:
+        with ExitStack() as stack:
+            self._ftp = stack.enter_context(_connected(uri, params))
+            self._data = stack.enter_context(self._ftp.transfercmd(f"STOR {path}"))
+            self.close = stack.pop_all().close
+
+    def send(self, part: bytes) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            register(self._data)
+            self._data.sendall(part)
+            stack.pop_all()
+
+    def finish(self) -> None:
+        """Tell the server that this was all, and hear whether it has it."""
+        with closing(self):
+            register(self._data)
+            if isinstance(self._data, ssl.SSLSocket):
+                self._data.unwrap()
+            self._data.close()
+            register(self._ftp.sock)  # instead of a duplicate of the other, which keeps it open
+            self._ftp.voidresp()
 
 
 @open_writer.register
