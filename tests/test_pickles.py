@@ -769,6 +769,23 @@ class OfNumber:
         raise LookupError(state)
 
 
+class OfDict(dict[str, int]):
+    """A subclass of dict, which protocol 1 writes as a call with a dict."""
+
+
+def test_only_getattr_gives_attributes_and_only_what_protocol_1_writes_is_made_anew(
+    tmp_path: Path,
+) -> None:
+    made, of_object = InertGlobal("a", "make"), (InertGlobal("builtins", "object"), None)
+    calls = [Inert(made, (InertGlobal("a", "B"), "x")), Inert(made, (OfNumber, *of_object))]
+    named = Inert(InertGlobal("copyreg", "_reconstructor"), (OfDict, dict, {"a": 1}))
+    save([*calls, named], tmp_path / "a")
+    for trust in ([], [OfNumber, OfDict]):
+        found = load(tmp_path / "a", trust=trust)
+        assert [each.inert_class for each in found[:2]] == ["a.make", "a.make"]
+        assert found[2]["a"] == 1
+
+
 def test_trusted_code_may_refuse_a_state_that_is_no_container(tmp_path: Path) -> None:
     torch.save(OfNumber(), tmp_path / "a")
     for trust in (True, [OfNumber]):
