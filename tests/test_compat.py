@@ -28,6 +28,7 @@ from _anemoi_ckpt.compat import (
     NEWEST_TRIED,
     casts_by_itself,
     has_own_memory,
+    rebuild_sparse_tensor,
     store_of,
     version_of,
     warn_if_untried,
@@ -220,6 +221,7 @@ HOSTILE_NESTED = {
     "overflow": nested(torch.ones(5), [[2**62, 2**62]], [[4, 4]], [0]),
     "no table": nested(torch.ones(5), [2, 3], [1, 1], [0, 2]),
     "too few offsets": nested(torch.ones(5), [[2], [3]], [[1], [1]], [0]),
+    "steps that are lists": nested(torch.ones(5), [[2**61]], [[[1]]], [0]),
     "no integers": nested(torch.ones(5), [[2.0], [3.0]], [[1], [1]], [0, 2]),
     "no row of values": nested(torch.ones(5, 1), [[2], [3]], [[1], [1]], [0, 2]),
 }
@@ -232,6 +234,18 @@ def test_a_nested_tensor_whose_sizes_lie_is_corrupt(tmp_path: Path, lie: str, le
     for trust in (False, True):  # by our check: not every torch has one of its own
         with pytest.raises(CorruptError, match=r"a nested tensor (with a part|whose sizes)"):
             load(path, trust=trust)
+
+
+def test_a_nested_tensor_may_end_in_a_part_without_values(tmp_path: Path) -> None:
+    held = {"n": nested(torch.ones(3), [[1, 3], [2, 0]], [[3, 1], [1, 1]], [0, 3])}
+    for trust in (False, True):
+        parts = load(written(tmp_path / "a.ckpt", held), trust=trust)["n"].unbind()
+        assert [tuple(part.shape) for part in parts] == [(1, 3), (2, 0)]
+
+
+def test_a_sparse_tensor_of_a_pickle_that_does_not_say_whether_it_is_coalesced() -> None:
+    data = (torch.tensor([[0, 2]]), torch.ones(2), (3,))  # of torch before 2.1
+    assert rebuild_sparse_tensor(torch.sparse_coo, data).to_dense().tolist() == [1, 0, 1]
 
 
 ENDLESS = torch.zeros(1, 1, dtype=torch.int64).expand(1, 10**13)

@@ -2,7 +2,9 @@
 
 import copy
 import re
+import types
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 import needs
+from _anemoi_ckpt.hooks import call_hook, remember
+from _anemoi_ckpt.resuming import LIGHTNING
 from anemoi_ckpt import MismatchError, load, load_into, save
 from checkpoints import assert_same
 from strategies import (
@@ -220,3 +224,36 @@ def test_lightning_and_we_call_the_hook_alike(name: str, tmp_path: Path) -> None
         load_into(net, path, warm_start(net), optimizer=torch.optim.Adam([net.layer.weight]))
     assert net.seen == []
     assert net._trainer is trainer  # what is undone leaves a trainer alone
+
+
+# ── what is kept ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_hook_is_given_copies_of_tensors_unless_nobody_else_has_them() -> None:
+    tensor = torch.ones(2, requires_grad=True) * 2  # no leaf, which deepcopy refuses
+    for owned in (True, False):
+        with ExitStack() as undo:
+            given = call_hook(lambda _: None, torch.nn.Module(), {"w": [tensor]}, undo, owned=owned)
+        assert given["w"][0].tolist() == [2, 2]
+        assert (given["w"][0] is tensor) is owned
+
+
+def test_what_a_model_holds_is_put_back_but_not_what_others_hold() -> None:
+    model: Any = torch.nn.Module()
+    model.ring = {"n": [1]}
+    model.ring["self"] = model.ring
+    model.library = types.ModuleType("library")
+    trainer_class = type("Trainer", (), {"__module__": f"{min(LIGHTNING)}.trainer"})
+    model.helper, model.trainer = types.SimpleNamespace(n=[1]), trainer_class()
+    for holder in (model.library, model.trainer):
+        holder.n = [1]
+    holders = [model.helper, model.library, model.trainer]
+    with ExitStack() as undo:
+        remember(model, undo)
+        model.ring["n"].append(2)
+        model.ring["m"] = 3
+        for holder in holders:
+            holder.n.append(2)
+    assert model.ring.keys() == {"n", "self"}
+    assert model.ring["n"] == [1]
+    assert [holder.n for holder in holders] == [[1], [1, 2], [1, 2]]

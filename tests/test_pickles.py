@@ -346,10 +346,68 @@ class OfList:
         return OfList, (1, [2])
 
 
+class OfState:
+    """Hashed by identity, and pickled as a call with a number, and a state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OfState, (1,), {"x": 1}
+
+
+class Bare:
+    """Hashed by identity, and pickled as nothing but its class."""
+
+
+class ByKeywords:
+    """Made by keywords."""
+
+    def __new__(cls, *, x: int = 0) -> Any:
+        return object.__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, int]]:
+        return (), {"x": 1}
+
+
+class WithData(torch.nn.Module):
+    """A module with an attribute that elsewhere is what an object like a dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = {"a": 1}
+
+
+def test_modules_and_what_is_made_by_keywords_are_like_no_dict() -> None:
+    for each in (WithData(), ByKeywords()):
+        assert not isinstance(read(pickle.dumps(each, 4)), Mapping)
+    assert inert(WithData()).data == {"a": 1}
+
+
+def test_only_omegaconfs_nodes_are_taken_for_their_values() -> None:
+    held = Inert(InertGlobal("a", "Holder"))
+    for module, found in (("omegaconf.nodes", 1), ("a.nodes", None)):
+        node = Inert(InertGlobal(module, "AnyNode"))
+        node._inert_state = {"_val": 1}
+        held._inert_pairs = {"k": node}
+        assert held["k"] == (found or node)
+
+
+def test_names_of_python_2_are_those_of_its_protocols() -> None:
+    for protocol, module in ((2, "queue"), (4, "Queue")):
+        found = read(b"\x80" + bytes([protocol]) + b"cQueue\nQueue\n.")
+        assert found == InertGlobal(module, "Queue")
+
+
+def test_a_state_of_three_parts_is_none_of_attributes_and_slots() -> None:
+    made = Inert(InertGlobal("a", "B"))
+    for state, has_x in (((None, {"x": 1}), True), ((None, {"x": 1}, None), False)):
+        made._inert_state = state
+        assert hasattr(made, "x") is has_x
+
+
 def test_an_inert_key_is_a_value_where_it_is_made_of_scalars_alone() -> None:
     for protocol in (2, 4):
         assert read(pickle.dumps({Text("a"): 1}, protocol))[inert(Text("a"))] == 1
-        assert len(read(pickle.dumps({OfList(): 1, OfList(): 2}, protocol))) == 2
+        for kind in (OfList, OfState, Bare):
+            assert len(read(pickle.dumps({kind(): 1, kind(): 2}, protocol))) == 2
 
 
 def test_inert_keys_are_told_apart_as_their_class_does() -> None:
@@ -701,6 +759,40 @@ def test_what_trusted_code_raises_is_told_and_the_file_is_not_called_corrupt(
         assert load(tmp_path / "a")["w"].tolist() == [1, 1]
 
 
+class OfNumber:
+    """Takes no state, and has one that is no container."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OfNumber, (), 5
+
+    def __setstate__(self, state: int) -> None:
+        raise LookupError(state)
+
+
+class OfDict(dict[str, int]):
+    """A subclass of dict, which protocol 1 writes as a call with a dict."""
+
+
+def test_only_getattr_gives_attributes_and_only_what_protocol_1_writes_is_made_anew(
+    tmp_path: Path,
+) -> None:
+    made, of_object = InertGlobal("a", "make"), (InertGlobal("builtins", "object"), None)
+    calls = [Inert(made, (InertGlobal("a", "B"), "x")), Inert(made, (OfNumber, *of_object))]
+    named = Inert(InertGlobal("copyreg", "_reconstructor"), (OfDict, dict, {"a": 1}))
+    save([*calls, named], tmp_path / "a")
+    for trust in ([], [OfNumber, OfDict]):
+        found = load(tmp_path / "a", trust=trust)
+        assert [each.inert_class for each in found[:2]] == ["a.make", "a.make"]
+        assert found[2]["a"] == 1
+
+
+def test_trusted_code_may_refuse_a_state_that_is_no_container(tmp_path: Path) -> None:
+    torch.save(OfNumber(), tmp_path / "a")
+    for trust in (True, [OfNumber]):
+        with pytest.raises(CheckpointError, match=r"trusted code .*LookupError\(5\)"):
+            load(tmp_path / "a", trust=trust)
+
+
 class FloatStorage:
     """Of the name of one of torch's."""
 
@@ -708,6 +800,9 @@ class FloatStorage:
 def test_trusted_classes_are_known_by_their_module_and_missing_ones_told(tmp_path: Path) -> None:
     torch.save(FloatStorage(), tmp_path / "a")
     assert type(load(tmp_path / "a", trust=True)) is FloatStorage
+    known = {name: getattr(torch, name) for name in ("uint16", "float32") if hasattr(torch, name)}
+    torch.save(known, tmp_path / "a")
+    assert load(tmp_path / "a", trust=True) == known
     (tmp_path / "a").write_bytes(archived(b"\x80\x02ctorch\nno_such_thing\n."))
     with pytest.raises(CheckpointError, match=r"torch\.no_such_thing, which cannot be imported"):
         load(tmp_path / "a", trust=True)
