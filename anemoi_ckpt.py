@@ -1138,24 +1138,23 @@ def load_into(  # noqa: PLR0913 - by keyword
     (('weight',), ('bias',), ('extra',))
     """
     begun = time.perf_counter()
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            "load_into takes the model first, then the checkpoint:"
-            f" {type(model).__name__} is not a model"
-        )
+    if group is None:
+        _check_model(model)
     held, place = _held_or_placed(checkpoint)
-    check = functools.partial(checked, "load_into", place, strategies, trust)
-    receivers = {
-        name: _several(name, value)
-        for name, value in (("optimizer", optimizer), ("scheduler", scheduler))
-    }
+    receivers = {"optimizer": _several(optimizer), "scheduler": _several(scheduler)}
+
+    def check() -> Any:  # by all ranks together, where there are some
+        _check_model(model)
+        _check_receivers(receivers)
+        if held is not None and sha256 is not None:
+            raise ValueError(f"sha256 is that of a file, and the checkpoint is {_IN_MEMORY}")
+        return checked("load_into", place, strategies, trust)
+
     hook = find_hook(model, strategies)
     terms = Terms(place.text, strict, require, owned=held is None, hook=hook)
     match_model = functools.partial(matched, terms, model, receivers)
     steps: list[Strategy] = [*tracked(strategies), match_model]
     transport = Transport(transport_params, retries, timeout, cached, group, sha256)
-    if held is not None and sha256 is not None:
-        raise ValueError(f"sha256 is that of a file, and the checkpoint is {_IN_MEMORY}")
     if held is None:
         found = loaded(place, steps, check, transport, progress)
     else:
@@ -1178,12 +1177,23 @@ def _held_or_placed(checkpoint: Any) -> tuple[Any, URI]:
     return None, parse_place(checkpoint)
 
 
-def _several(name: str, value: Any) -> Sequence[Any]:
-    several = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    for each in several:
-        if isinstance(each, type) or not hasattr(each, "load_state_dict"):
-            raise TypeError(f"{name} of load_into has a load_state_dict, unlike {each!r:.60}")
-    return several
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            "load_into takes the model first, then the checkpoint:"
+            f" {type(model).__name__} is not a model"
+        )
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _check_receivers(receivers: Mapping[str, Sequence[Any]]) -> None:
+    for name, several in receivers.items():
+        for each in several:
+            if isinstance(each, type) or not hasattr(each, "load_state_dict"):
+                raise TypeError(f"{name} of load_into has a load_state_dict, unlike {each!r:.60}")
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────

@@ -105,11 +105,10 @@ def _hooked(model: torch.nn.Module, match: Match, terms: Terms, undo: ExitStack)
     try:
         whole = call_hook(terms.hook, model, checkpoint, undo, owned=terms.owned)
     except Exception as err:
-        if not isinstance(err, CheckpointError):
-            err.add_note(
-                f"raised by the model's on_load_checkpoint, while loading {terms.place}: leave out"
-                " keep_progress and warm_start to load without that hook"
-            )
+        err.add_note(
+            f"raised by the model's on_load_checkpoint, while loading {terms.place}: leave out"
+            " keep_progress and warm_start to load without that hook"
+        )
         raise
     states = {kind: whole[STATES[kind]] for kind in match.states}
     return match._replace(fitting=whole["state_dict"], states=states)

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -910,6 +910,31 @@ def test_what_a_strategy_raises_comes_as_it_is(http_server, error: Exception) ->
             way(uri, own_functions(error)["first"])
         assert caught.value is error, name
     assert http_server.bytes_sent < 2**20  # which no value that is asked for would change
+
+
+class Refusing(Mapping[str, Any]):
+    """As a configuration of OmegaConf's that refers to what is not there."""
+
+    def __init__(self) -> None:
+        self.kept = torch.ones(2)
+
+    def __getitem__(self, name: str) -> Any:
+        raise LookupError(name)
+
+    def __iter__(self) -> Any:
+        return iter(["missing"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_trusted_mapping_that_refuses_its_items_keeps_its_tensors(tmp_path: Path) -> None:
+    torch.save({"settings": Refusing(), "w": torch.ones(5)}, tmp_path / "a.ckpt")
+    found = load(tmp_path / "a.ckpt", lambda c: {"only": c["settings"]}, trust=[Refusing])["only"]
+    assert found.kept.tolist() == [1, 1]
+    told = plan(tmp_path / "a.ckpt", lambda c: {"only": c["settings"]}, trust=[Refusing])
+    (record,) = told.records
+    assert record.endswith("data/0")
 
 
 class Starter:

@@ -428,6 +428,24 @@ def test_a_rank_without_memory_ends_the_others(http_server, monkeypatch) -> None
     assert said == "MemoryError('there is none')"
 
 
+def test_an_argument_of_one_rank_that_is_wrong_is_told_by_all_at_once(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    torch.save(state, tmp_path / "a.ckpt")
+    model: Any = torch.nn.Linear(2, 2)
+    for place in (state, tmp_path / "a.ckpt"):
+        for right, wrong in (
+            ({"model": model}, {"model": None}),
+            ({"model": model, "optimizer": None}, {"model": model, "optimizer": torch.optim.SGD}),
+        ):
+
+            def one(rank: int, group: Any, place: Any = place, both: Any = (right, wrong)) -> Any:
+                options = dict(both[rank == 1])
+                return load_into(options.pop("model"), place, group=group, **options)
+
+            (said,) = raised(2, one)
+            assert said.startswith("TypeError")
+
+
 def test_a_checkpoint_in_memory_is_refused_by_all_ranks() -> None:
     state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
     models = [torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)]
