@@ -148,7 +148,8 @@ WITHOUT = [
 # all the same; test_places.py, test_params.py and test_interrupts.py tell whether HTTP is borne.
 STORES = [
     *("coding", "download", "faults", "faults_writing", "finding", "foreign_servers", "ftp_hdfs"),
-    *("hubs", "listing", "offline", "packaging", "secrets", "settings", "sftp", "writing"),
+    *("hubs", "listing", "offline", "openssh", "packaging", "secrets", "settings", "sftp"),
+    "writing",
 ]
 NO_MKL = "sums of sparse tensors want MKL: Debian builds without it"
 DESELECTED = {

@@ -8,6 +8,7 @@ between: there `noxfile.py` says, with reasons, what a session does without.
 import importlib
 import inspect
 import os
+import shutil
 from typing import Any, NoReturn
 
 import pytest
@@ -31,6 +32,14 @@ def package(name: str, install: str) -> Any:
         return importlib.import_module(name)
     except ImportError as err:
         give_up(name.partition(".")[0], err, f"{name} is missing: {install}")
+
+
+def program(name: str, install: str) -> str:
+    """The path of a program; `install` is what to do where it is missing."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if path is None:
+        give_up(name, FileNotFoundError(name), f"{name} is missing: {install}")
+    return path
 
 
 def anemoi() -> None:
