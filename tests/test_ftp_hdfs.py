@@ -866,3 +866,12 @@ def test_a_part_that_others_write_to(node: NameNode) -> None:
     with pytest.raises(CheckpointNotFoundError):
         part.finish(3, again=False)
     assert node.files == {"/run/a b.ckpt": b"abc"}
+
+
+def test_a_password_for_webhdfs_is_refused_and_shown_nowhere() -> None:
+    with pytest.raises(
+        InvalidURIError, match="WebHDFS takes no password; write webhdfs://user@"
+    ) as e:
+        parse_uri("webhdfs://me:hunter2@host:9870/a.ckpt")
+    assert "hunter2" not in f"{e.value!r} {e.value}"
+    assert parse_uri("webhdfs://me@host:9870/a.ckpt").url.endswith("&user.name=me")

@@ -100,7 +100,7 @@ def parse_hdfs(text: str) -> URI:
     """Parse ``hdfs://[host[:port]]/path``, or ``webhdfs://[user@]host:port/path``.
 
     Raises:
-        InvalidURIError: it names no host, or no file.
+        InvalidURIError: it names no host, or no file; or a password, which WebHDFS does not take.
     """
     scheme, _, rest = text.partition("://")
     host, _, path = rest.partition("?")[0].partition("/")
@@ -109,6 +109,9 @@ def parse_hdfs(text: str) -> URI:
         raise InvalidURIError(text, "names no file", f"write {scheme}://host:port/path/to/file")
     if not is_web:
         return HDFSURI(text)
+    if ":" in host.rpartition("@")[0]:
+        remedy = f"write {scheme}://user@host:port/path, or give a token: ?delegation=…"
+        raise InvalidURIError(text, "WebHDFS takes no password", remedy)
     return WebHDFSURI(text, urllib.parse.unquote(urllib.parse.urlsplit(text).path))
 
 
