@@ -292,6 +292,12 @@ def test_the_page_of_results_says_what_each_attribute_has(name: str) -> None:
     assert rows == [each.name for each in attrs.fields(getattr(anemoi_ckpt, name))]
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = "".join(text for name, text in PAGES.items() if "/reference/" in name)
+    names = [n for n in anemoi_ckpt.__all__ if n != "main"]  # the command line, which has a page
+    assert all(re.search(rf"anemoi_ckpt\.{n}\b|`{n}`", reference) for n in names)
+
+
 def test_the_figures_are_those_that_were_measured() -> None:
     figures = runpy.run_path(str(ROOT / "docs/figures.py"))
     assert figures["speed"]() == (ROOT / "docs/images/speed.svg").read_text("utf-8")
