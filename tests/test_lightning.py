@@ -245,7 +245,9 @@ def test_fsspec_finds_what_is_in_a_store(place, fsspec) -> None:
     assert files.isdir(f"{folder}/")
     assert not files.exists(f"{folder}/a.tx")
     names = files.ls(folder, detail=False)
-    assert names == [n.replace("://", "::/") for n in (uri, f"{uri}.old", f"{folder}/deep")]
+    assert names == [
+        f"places::{n.replace('://', ':/')}" for n in (uri, f"{uri}.old", f"{folder}/deep")
+    ]
     chained = fsspec.core.url_to_fs(os.path.normpath(names[0]))[0]  # as Lightning does for "last"
     assert type(chained) is type(files)
     assert chained.info(names[0]) == files.info(uri)

@@ -2,9 +2,9 @@
 
 fsspec's own packages for stores (s3fs, gcsfs, adlfs) are left alone where they are installed.
 
-`ls` names ``s3://bucket/key`` as ``s3::/bucket/key``, which fsspec reads as a chain that begins
-with our file system: Lightning's ``ckpt_path="last"`` puts what it finds through
-`os.path.normpath`, which would make ``s3:/bucket/key`` of the usual form.
+`ls` names ``s3://bucket/key`` as ``places::s3:/bucket/key``, which fsspec reads as a chain that
+begins with our file system: Lightning's ``ckpt_path="last"`` puts what it finds through
+`os.path.normpath`, which would make ``s3:/bucket/key`` of the usual form, a file on the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from _anemoi_ckpt.places import Entry, parse_folder, parse_uri, path_of, remove_
 from _anemoi_ckpt.transport import Source, Transport, attempted, listed, locate
 
 _PROTOCOLS = ("s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss")
-_CHAINED = re.compile(rf"({'|'.join(_PROTOCOLS)})::/+")
+_CHAIN = "places"  # as a protocol of fsspec: of letters alone, as fsspec of 2025 has it in a chain
+_CHAINED = re.compile(rf"{_CHAIN}::({'|'.join(_PROTOCOLS)}):/+")
 
 
 def register(transport: Transport) -> None:
@@ -38,12 +39,13 @@ def register(transport: Transport) -> None:
             known = None
         if known is None or issubclass(known, _Places):
             fsspec.register_implementation(protocol, ours, clobber=True)
+    fsspec.register_implementation(_CHAIN, ours, clobber=True)
 
 
 def unchained(path: Any) -> Any:
     """Give a name that `ls` made its usual form; anything else as it is.
 
-    >>> unchained("s3::/bucket/run/last.ckpt")
+    >>> unchained("places::s3:/bucket/run/last.ckpt")
     's3://bucket/run/last.ckpt'
     """
     match = _CHAINED.match(path) if isinstance(path, str) else None
@@ -110,7 +112,7 @@ class _Places:
         described = [_described(each) for each in entries] or [self.info(path)]
         if detail:
             return described
-        return [each["name"].replace("://", "::/", 1) for each in described]
+        return [f"{_CHAIN}::{each['name'].replace('://', ':/', 1)}" for each in described]
 
     def modified(self, path: str) -> Any:
         """Tell when an object was last written to."""
