@@ -160,6 +160,10 @@ class OnlySlots:
 class Colour(enum.Enum):
     RED = "red"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as most versions of Python do; 3.11.3 and older name the member, by `getattr`."""
+        return (self.__class__, (self._value_,))
+
 
 @dataclasses.dataclass
 class Config:
