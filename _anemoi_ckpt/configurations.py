@@ -323,16 +323,25 @@ def _told(modules: Iterable[Any], core: Any) -> dict[str, Any]:
             "datasets": {
                 dataset: {"processors": {name: _processor(one) for name, one in each.items()}}
                 for dataset, each in processors.items()
-                if all(hasattr(one, "methods") for one in each.values())
+                if all(map(_has_methods, each.values()))
             }
         },
     }
 
 
+def _has_methods(module: Any) -> bool:
+    """Tell whether a module is as Anemoi's processors are, and none of the user's own kind."""
+    return hasattr(module, "default") and isinstance(getattr(module, "methods", None), Mapping)
+
+
 def _processor(module: Any) -> Processor:
     methods = {str(name): str(method) for name, method in module.methods.items()}
-    options = getattr(module, "method_kwargs", {})
-    return Processor(_class_name(module), str(module.default), methods, options)
+    return Processor(_class_name(module), str(module.default), methods, _known_options(module))
+
+
+def _known_options(module: Any) -> Mapping[str, Any]:
+    options = getattr(module, "method_kwargs", None)
+    return options if isinstance(options, Mapping) else {}
 
 
 def _described(core: Any) -> dict[str, Any]:
@@ -444,31 +453,53 @@ def _processors(roots: Roots, dataset: str) -> list[Processor]:
     path = ("data", "datasets", key, "processors")
     section = _at(roots, *path)
     names = list(section) if isinstance(section, Mapping) else []
-    return [_configured(roots, (*path, name)) for name in names]
+    try:
+        return [_configured(roots, (*path, name)) for name in names]
+    except LookupError:
+        return []
 
 
 def _configured(roots: Roots, path: Path) -> Processor:
-    """Describe a processor by its configuration, unless a module told it."""
+    """Describe a processor by its configuration, unless a module told it.
+
+    Raises:
+        LookupError: it refers to what is not there.
+    """
     section = _at(roots, *path)
     if isinstance(section, Processor):
         return section
-    config = _at(roots, *path, "config")
+    config = _plain(roots, _at(roots, *path, "config"))
     config = config if isinstance(config, Mapping) else {}
     methods = {
         name: str(method)
         for method in config
         if method not in SETTINGS
-        for name in _names(_resolved(roots, _value(config, method)))
+        for name in _names(config[method])
     }
-    kind = str(_at(roots, *path, "_target_")).rpartition(".")[2]
-    default, options = _value(config, "default"), _value(config, "method_kwargs")
-    return Processor(kind, str(default or NONE), methods, options or {})
+    kind = str(_plain(roots, _at(roots, *path, "_target_"))).rpartition(".")[2]
+    options = config.get("method_kwargs")
+    known = options if isinstance(options, Mapping) else {}
+    return Processor(kind, str(config.get("default") or NONE), methods, known)
 
 
-def _resolved(roots: Roots, value: Any) -> Any:
-    """Give what a value refers to, if it does."""
-    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-    return value if reference is None else _at(roots, *reference[1].split("."))
+def _plain(roots: Roots, value: Any, depth: int = 8) -> Any:
+    """Put what they refer to in the place of all references in a setting.
+
+    Raises:
+        LookupError: one refers to what is not there, to a part of a text, or to itself.
+    """
+    if isinstance(value, str) and "${" in value:
+        reference = _REFERENCE.fullmatch(value)
+        value = _at(roots, *reference[1].split(".")) if reference else None
+        if value is None:
+            raise LookupError("a reference")
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return value
+    if not depth:
+        raise LookupError("a reference to itself")
+    if isinstance(value, Mapping):
+        return {key: _plain(roots, _value(value, key), depth - 1) for key in value}
+    return [_plain(roots, each, depth - 1) for each in value]
 
 
 def _names(value: Any) -> list[str]:

@@ -27,11 +27,17 @@ def read_graph(checkpoint: Any) -> tuple[Edges, ...]:
     for graph in kept(checkpoint, "graph_data"):
         graphs += graph.values() if isinstance(graph, Mapping) else [graph]
     stores = [
-        getattr(store, "_mapping", {})
+        _mapping(store, "_mapping")
         for graph in graphs
-        for store in getattr(graph, "_edge_store_dict", {}).values()
+        for store in _mapping(graph, "_edge_store_dict").values()
     ]
     return tuple(each for each in stores if is_strided(each.get("edge_index")))
+
+
+def _mapping(owner: Any, name: str) -> Mapping[Any, Any]:
+    """Give an attribute that a graph of torch_geometric has; nothing of another class's."""
+    value = getattr(owner, name, None)
+    return value if isinstance(value, Mapping) else {}
 
 
 def edge_attributes(provider: Any, graph: tuple[Edges, ...]) -> list[str]:

@@ -311,7 +311,7 @@ class _Questions(TorchFunctionMode):
             raise self._asked(keys)
         try:
             return func(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError) as err:
+        except (BufferError, RuntimeError, TypeError, ValueError) as err:  # the first of dlpack
             raise self._asked(keys) from err
 
     def _keys_of(self, tensors: Iterable[torch.Tensor]) -> set[str]:

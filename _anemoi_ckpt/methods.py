@@ -31,8 +31,15 @@ class Processor(NamedTuple):
         if self.kind.endswith("Normalizer"):
             return self.kind
         method = self.methods.get(variable, self.default)
-        options = [f"{name}={value}" for name, value in self.options.get(method, {}).items()]
+        given = self.options.get(method)
+        items = given.items() if isinstance(given, Mapping) else ()
+        options = [f"{name}={_as_text(value)}" for name, value in items]
         return "" if method == NONE else " ".join([self.kind, method, *sorted(options)])
+
+
+def _as_text(value: Any) -> str:
+    """Write numbers that are the same alike."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def compared(

@@ -78,6 +78,7 @@ class _Telling:
         self._progress, self._total = progress, total
         self._lock = threading.Lock()
         self._done = 0
+        self._has_raised = False
 
     def __enter__(self) -> Notify:
         return self._count
@@ -94,8 +95,11 @@ class _Telling:
 
     def _count(self, size: int) -> None:
         with self._lock:
+            if self._has_raised:  # another thread's bytes came before the read was stopped
+                return
             self._done = min(self._done + size, _most(self._total))
             try:
                 self._progress(self._done, self._total)
             except Exception as err:  # noqa: BLE001 - raised at the end of the block
+                self._has_raised = True
                 raise RelayedError(err) from None

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -1650,6 +1650,15 @@ def dense(name: str, length: int) -> bytes:
     before, each = DENSE[name]
     opcodes = [each.replace(b"%c", bytes([33 + n % 94])) for n in range(length // len(each))]
     return b"\x80\x04" + MEMOIZED.get(before, b"") + b"(" + b"".join(opcodes) + b"t."
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    "make", [collections.deque, lambda: collections.deque([1, 2, 3]), lambda: set(range(5)), dict]
+)
+def test_many_small_containers_are_sound(make: Callable[[], Any], protocol: int) -> None:
+    several = [make() for _ in range(60_000)]
+    assert read(pickle.dumps(several, protocol)) == several
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -35,6 +35,7 @@ import _anemoi_ckpt.ranks
 import anemoi_ckpt
 import needs
 import servers
+from _anemoi_ckpt.progress import shown
 from _anemoi_ckpt.ranks import stored
 from anemoi_ckpt import (
     CorruptError,
@@ -44,6 +45,7 @@ from anemoi_ckpt import (
     download,
     load,
     load_into,
+    parse_uri,
 )
 from checkpoints import as_bytes, assert_same, odd_checkpoint
 from strategies import align_variables, include, weights
@@ -382,6 +384,24 @@ def test_a_strategy_of_one_rank_that_fails(http_server: servers.HTTPServer) -> N
     assert type(second) is OddError
     assert type(first) is type(third) is RuntimeError
     assert "3: unlikely" in str(first)
+
+
+def test_a_progress_that_has_raised_is_not_told_of_what_still_comes() -> None:
+    told: list[int] = []
+
+    def tell(done: int, total: int | None) -> None:
+        told.append(done)
+        raise KeyError("mine")
+
+    def read(notify: Any) -> None:
+        try:
+            notify(1)
+        finally:
+            notify(2)  # another thread's, whose bytes were on their way
+
+    with pytest.raises(KeyError, match="mine"), shown(parse_uri("a.ckpt"), 3, tell) as notify:
+        read(notify)
+    assert told == [1]
 
 
 @pytest.mark.parametrize("error", [KeyError("mine"), TimeoutError("mine"), MemoryError("mine")])

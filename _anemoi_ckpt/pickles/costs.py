@@ -18,8 +18,8 @@ _COLLISIONS = 200  # most keys of a container with one hash, each of which is co
 # Bytes of memory that a pickle of any length may take, and for each of its bytes. Of these, in
 # protocols 2 and 4, weights count 19 and 30, Linear modules 27 and 46, the states of Adam 27 and
 # 44, and those of SGD, which are empty, 26 and 46 (they do take 22 and 40: less would refuse what
-# is sound). None of them needs the bytes that any pickle may take; 2 million empty sets do.
-_LEAST = 16 * 1024**2
+# is sound). None of them needs the bytes that any pickle may take; 150,000 small sets or deques do.
+_LEAST = 64 * 1024**2
 _MOST = 48
 _TENSOR = 500  # bytes, of a parameter's
 _OBJECT = 220  # of an inert object with its empty containers
@@ -114,7 +114,9 @@ class Costs:
 
     def count_made(self, made: Any) -> None:
         """Count what a call has made."""
-        if type(made) in _WEIGHED or isinstance(made, np.generic):
+        if type(made) in (set, frozenset):  # `check_call` has counted their items
+            self.spend(sys.getsizeof(made) - _ITEM * len(made))
+        elif type(made) in _WEIGHED or isinstance(made, np.generic):
             self.spend(sys.getsizeof(made))
         elif isinstance(made, torch.Tensor):
             self.spend(_TENSOR + _DIMENSION * made.dim())
