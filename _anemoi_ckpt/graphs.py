@@ -27,16 +27,15 @@ def read_graph(checkpoint: Any) -> tuple[Edges, ...]:
     for graph in kept(checkpoint, "graph_data"):
         graphs += graph.values() if isinstance(graph, Mapping) else [graph]
     stores = [
-        _mapping(store, "_mapping")
+        _as_mapping(getattr(store, "_mapping", None))
         for graph in graphs
-        for store in _mapping(graph, "_edge_store_dict").values()
+        for store in _as_mapping(getattr(graph, "_edge_store_dict", None)).values()
     ]
     return tuple(each for each in stores if is_strided(each.get("edge_index")))
 
 
-def _mapping(owner: Any, name: str) -> Mapping[Any, Any]:
-    """Give an attribute that a graph of torch_geometric has; nothing of another class's."""
-    value = getattr(owner, name, None)
+def _as_mapping(value: Any) -> Mapping[Any, Any]:
+    """Give an attribute that a graph of torch_geometric has; nothing for one of another class."""
     return value if isinstance(value, Mapping) else {}
 
 

@@ -116,6 +116,7 @@ def test_the_order_of_settings(settings: Path, monkeypatch) -> None:
         ("[object-storage.b]\nregion = 3", "region in .* is of type int; give a str"),
         (f'[object-storage]\nskip_signature = "{SECRET}"', "of type str; give a bool"),
         (f'[object-storage]\nsecret_access_key = "{SECRET}"', "one of access_key_id and"),
+        ('[object-storage]\nendpoint_url = "b:9000"', "bucket b has no scheme; write https://"),
         ('[object-storage."b*"]\n[object-storage."*"]', "are both for the bucket b"),
     ],
 )

@@ -95,6 +95,9 @@ def store_settings(bucket: str, store: frozenset[str] = S3) -> StoreSettings:
     if ("access_key_id" in kept) != ("secret_access_key" in kept):
         problem = f"for the bucket {bucket} it has one of access_key_id and secret_access_key"
         raise CheckpointError(path, problem, "give both, or neither")
+    if "://" not in kept.get("endpoint_url", "://"):
+        problem = f"the endpoint_url of the bucket {bucket} has no scheme"
+        raise CheckpointError(path, problem, "write https:// before the host")
     return StoreSettings(**kept)
 
 
