@@ -22,7 +22,7 @@ import torch
 from _anemoi_ckpt.graphs import Edges, edge_attributes
 from _anemoi_ckpt.layouts import find_core, regressors_of, untruncated
 from _anemoi_ckpt.methods import NONE, SETTINGS, Processor, compared
-from _anemoi_ckpt.variables import Variables, few, paired, read_model
+from _anemoi_ckpt.variables import Variables, as_mapping, few, paired, read_model, whole_modules
 
 REMEDY = "configure the model as the checkpoint's, or exclude these tensors"
 
@@ -246,8 +246,7 @@ def read_config(checkpoint: Any) -> Roots:
     """
     told = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
     configs = [told["config"]] if isinstance(told, Mapping) and "config" in told else []
-    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
-    for module in modules:
+    for module in whole_modules(checkpoint):
         levels = _levels(module)
         if levels:
             configs += [_told(levels, levels[-1]), getattr(module, "config", None)]
@@ -264,8 +263,7 @@ def read_edges(checkpoint: Any, graph: tuple[Edges, ...]) -> Mapping[str, Any]:
     Returns:
         A configuration with functions in the place of the attributes; empty if there is no module.
     """
-    modules = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
-    cores = [levels[-1] for module in modules if (levels := _levels(module))]
+    cores = [levels[-1] for module in whole_modules(checkpoint) if (levels := _levels(module))]
     return {"model": _told_by_values(cores[0], graph)} if cores and graph else {}
 
 
@@ -290,8 +288,6 @@ def _levels(module: Any) -> list[Any]:
 
     Nothing if it has none.
     """
-    if not hasattr(module, "state_dict"):
-        return []
     levels = []
     for _ in range(3):  # of the interface, which may be in a training module
         levels.append(module)
@@ -336,12 +332,8 @@ def _has_methods(module: Any) -> bool:
 
 def _processor(module: Any) -> Processor:
     methods = {str(name): str(method) for name, method in module.methods.items()}
-    return Processor(_class_name(module), str(module.default), methods, _known_options(module))
-
-
-def _known_options(module: Any) -> Mapping[str, Any]:
-    options = getattr(module, "method_kwargs", None)
-    return options if isinstance(options, Mapping) else {}
+    options = as_mapping(getattr(module, "method_kwargs", None))
+    return Processor(_class_name(module), str(module.default), methods, options)
 
 
 def _described(core: Any) -> dict[str, Any]:
@@ -447,14 +439,11 @@ def _at(roots: Roots, *path: str | int) -> Any:
 
 def _processors(roots: Roots, dataset: str) -> list[Processor]:
     """Give the processors of a dataset in their order, or of the only one; none if unknown."""
-    datasets = _at(roots, "data", "datasets")
-    keys = list(datasets) if isinstance(datasets, Mapping) else []
+    keys = list(as_mapping(_at(roots, "data", "datasets")))
     key = keys[0] if len(keys) == 1 else dataset
     path = ("data", "datasets", key, "processors")
-    section = _at(roots, *path)
-    names = list(section) if isinstance(section, Mapping) else []
     try:
-        return [_configured(roots, (*path, name)) for name in names]
+        return [_configured(roots, (*path, name)) for name in as_mapping(_at(roots, *path))]
     except LookupError:
         return []
 
@@ -468,8 +457,7 @@ def _configured(roots: Roots, path: Path) -> Processor:
     section = _at(roots, *path)
     if isinstance(section, Processor):
         return section
-    config = _plain(roots, _at(roots, *path, "config"))
-    config = config if isinstance(config, Mapping) else {}
+    config = as_mapping(_plain(roots, _at(roots, *path, "config")))
     methods = {
         name: str(method)
         for method in config
@@ -477,12 +465,11 @@ def _configured(roots: Roots, path: Path) -> Processor:
         for name in _names(config[method])
     }
     kind = str(_plain(roots, _at(roots, *path, "_target_"))).rpartition(".")[2]
-    options = config.get("method_kwargs")
-    known = options if isinstance(options, Mapping) else {}
-    return Processor(kind, str(config.get("default") or NONE), methods, known)
+    options = as_mapping(config.get("method_kwargs"))
+    return Processor(kind, str(config.get("default") or NONE), methods, options)
 
 
-def _plain(roots: Roots, value: Any, depth: int = 8) -> Any:
+def _plain(roots: Roots, value: Any, depth: int = 0) -> Any:
     """Put what they refer to in the place of all references in a setting.
 
     Raises:
@@ -495,11 +482,11 @@ def _plain(roots: Roots, value: Any, depth: int = 8) -> Any:
             raise LookupError("a reference")
     if isinstance(value, str) or not isinstance(value, Iterable):
         return value
-    if not depth:
+    if depth == _REFERENCES:
         raise LookupError("a reference to itself")
     if isinstance(value, Mapping):
-        return {key: _plain(roots, _value(value, key), depth - 1) for key in value}
-    return [_plain(roots, each, depth - 1) for each in value]
+        return {key: _plain(roots, _value(value, key), depth + 1) for key in value}
+    return [_plain(roots, each, depth + 1) for each in value]
 
 
 def _names(value: Any) -> list[str]:

@@ -26,7 +26,7 @@ from _anemoi_ckpt.anatomy import (
 )
 from _anemoi_ckpt.errors import UNPLACED, MismatchError
 from _anemoi_ckpt.tensors import change_tensors
-from _anemoi_ckpt.variables import ROLES, Variables, few, paired
+from _anemoi_ckpt.variables import ROLES, Variables, as_mapping, few, paired
 
 Units = Mapping[str, Mapping[str, str]]  # by dataset and variable
 SECTIONS = ("dataset", "data_indices", "metadata_inference")  # of metadata: what has variables
@@ -63,8 +63,7 @@ def read_units(checkpoint: Any) -> dict[str, dict[str, str]]:
 
 
 def _units_in(entry: Mapping[str, Any]) -> dict[str, str]:
-    facts = entry.get("variables_metadata")
-    facts = facts if isinstance(facts, Mapping) else {}
+    facts = as_mapping(entry.get("variables_metadata"))
     return {name: each["units"] for name, each in facts.items() if _has_units(each)}
 
 

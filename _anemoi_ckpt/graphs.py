@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from _anemoi_ckpt.tensors import is_strided
-from _anemoi_ckpt.variables import kept
+from _anemoi_ckpt.variables import as_mapping, kept
 
 Edges = Mapping[str, Any]  # of one type: edge_index, and attributes by name
 
@@ -27,16 +27,11 @@ def read_graph(checkpoint: Any) -> tuple[Edges, ...]:
     for graph in kept(checkpoint, "graph_data"):
         graphs += graph.values() if isinstance(graph, Mapping) else [graph]
     stores = [
-        _as_mapping(getattr(store, "_mapping", None))
+        as_mapping(getattr(store, "_mapping", None))
         for graph in graphs
-        for store in _as_mapping(getattr(graph, "_edge_store_dict", None)).values()
+        for store in as_mapping(getattr(graph, "_edge_store_dict", None)).values()
     ]
     return tuple(each for each in stores if is_strided(each.get("edge_index")))
-
-
-def _as_mapping(value: Any) -> Mapping[Any, Any]:
-    """Give an attribute that a graph of torch_geometric has; nothing for one of another class."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def edge_attributes(provider: Any, graph: tuple[Edges, ...]) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from _anemoi_ckpt.describing import metadata_of
+from _anemoi_ckpt.variables import as_mapping
 
 Times = Mapping[str, str]  # by dataset, as they are printed
 
@@ -30,8 +31,7 @@ def read_times(checkpoint: Any) -> dict[str, str]:
     >>> read_times({"hyper_parameters": {"metadata": {"dataset": {}, **facts}}})
     {'data': '-6h, 0h to +6h'}
     """
-    told = metadata_of(checkpoint).get("metadata_inference")
-    sections = told if isinstance(told, Mapping) else {}
+    sections = as_mapping(metadata_of(checkpoint).get("metadata_inference"))
     times = {
         str(dataset): _described(section["timesteps"])
         for dataset, section in sections.items()

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from _anemoi_ckpt.variables import as_mapping
+
 SETTINGS = ("default", "remap", "normalizer", "method_kwargs")  # the other keys are methods
 NONE = "none"  # the method that does nothing
 
@@ -31,10 +33,9 @@ class Processor(NamedTuple):
         if self.kind.endswith("Normalizer"):
             return self.kind
         method = self.methods.get(variable, self.default)
-        given = self.options.get(method)
-        items = given.items() if isinstance(given, Mapping) else ()
-        options = [f"{name}={_as_text(value)}" for name, value in items]
-        return "" if method == NONE else " ".join([self.kind, method, *sorted(options)])
+        options = as_mapping(self.options.get(method)).items()
+        told = sorted(f"{name}={_as_text(value)}" for name, value in options)
+        return "" if method == NONE else " ".join([self.kind, method, *told])
 
 
 def _as_text(value: Any) -> str:

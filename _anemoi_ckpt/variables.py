@@ -50,9 +50,19 @@ def kept(checkpoint: Any, name: str) -> Iterator[Any]:
     parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
     if isinstance(parameters, Mapping):
         yield parameters.get(name)
-    for module in checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]:
-        if hasattr(module, "state_dict"):
-            yield _field(module, name)
+    for module in whole_modules(checkpoint):
+        yield _field(module, name)
+
+
+def whole_modules(checkpoint: Any) -> Iterator[Any]:
+    """Give the modules that a checkpoint keeps pickled whole; it may be one itself."""
+    values = checkpoint.values() if isinstance(checkpoint, Mapping) else [checkpoint]
+    return (value for value in values if hasattr(value, "state_dict"))
+
+
+def as_mapping(value: Any) -> Mapping[Any, Any]:
+    """Give a mapping as it is, and an empty one for anything else that stands in its place."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def read_model(model: Any) -> dict[str, Variables]:

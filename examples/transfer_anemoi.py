@@ -15,7 +15,7 @@ from anemoi_ckpt import load_into
 from strategies import transfer_learning
 
 try:
-    import anemoi.models  # noqa: F401
+    import anemoi.models  # noqa: F401 - whether it is there
 except ImportError as err:
     raise SystemExit("this example needs anemoi-models: pip install anemoi-models") from err
 

@@ -129,7 +129,7 @@ def in_autocast(tensor: torch.Tensor) -> Any:
 def numpy_or_nothing(tensor: torch.Tensor) -> Any:
     try:
         return np.from_dlpack(tensor)
-    except Exception:
+    except Exception:  # as users write it, whatever numpy may raise
         return None
 
 
