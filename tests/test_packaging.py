@@ -42,7 +42,13 @@ def run(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -
 def copy_sources(folder: Path) -> Path:
     """A copy of the checkout, to build in."""
     needs.package("setuptools.build_meta", "pip install setuptools")
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    ignored = shutil.ignore_patterns(*NOT_SOURCES)
+
+    def ignore(parent: str, names: list[str]) -> set[str]:
+        """Leave out virtual environments, too, whatever they are called."""
+        return ignored(parent, names) | {n for n in names if Path(parent, n, "pyvenv.cfg").exists()}
+
+    shutil.copytree(ROOT, folder, ignore=ignore)
     return folder
 
 
